@@ -1,0 +1,69 @@
+"""The modules against the reference modules with the same parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from cotnet_ext import modules, reference
+
+from .comparison import SUBJECT, Comparison, Contender, Function, Options
+from .harness import measure
+from .inputs import Maps
+from .shapes import COT_ATTENTION, COT_LAYER_EVAL, COT_LAYER_TRAIN, Shape
+
+
+@dataclass(frozen=True)
+class Case:
+    """A module class, by its name in `modules` and in `reference`, and where it is compared."""
+
+    name: str
+    eval_shapes: tuple[Shape, ...]
+    train_shapes: tuple[Shape, ...]
+
+
+CASES = (
+    Case("CoTAttention", COT_ATTENTION, COT_ATTENTION),
+    Case("CotLayer", COT_LAYER_EVAL, COT_LAYER_TRAIN),
+    Case("CoXtLayer", COT_LAYER_EVAL, COT_LAYER_TRAIN),
+)
+
+
+def rows(options: Options) -> Iterator[dict]:
+    for case in CASES:
+        for direction, shapes in (("eval", case.eval_shapes), ("train step", case.train_shapes)):
+            for shape in options.shapes(shapes):
+                comparison = Comparison(
+                    case.name, direction, shape, _contenders(case, shape, options)
+                )
+                yield from measure(comparison, options)
+
+
+def _contenders(case: Case, shape: Shape, options: Options) -> list[Contender]:
+    theirs = _build(getattr(reference, case.name), shape, options.device)
+    ours = _build(getattr(modules, case.name), shape, options.device)
+    ours.load_state_dict(theirs.state_dict())
+    truth = _build(getattr(reference, case.name), shape, options.device)
+    truth.load_state_dict(theirs.state_dict())
+
+    def contender(provider: str, module: Function, layout: str = "contiguous") -> Contender:
+        return Contender(provider, module, truth, Maps(shape, layout=layout, device=options.device))
+
+    return [
+        contender(SUBJECT, ours),
+        contender(SUBJECT, ours, "channels_last"),
+        contender("reference", theirs),
+    ]
+
+
+def _build(kind: Callable[[int, int], nn.Module], shape: Shape, device: str) -> nn.Module:
+    """A module whose norms are not the identity they start as."""
+    torch.manual_seed(0)
+    module = kind(shape.channels, shape.kernel_size)
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if name.endswith(("running_mean", "running_var")) or tensor.dim() == 1:
+            nn.init.uniform_(tensor, 0.5, 1.5)
+    return module.to(device)

@@ -1,0 +1,149 @@
+"""What is compared: a problem, everybody who solves it, and what one call of each is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .inputs import CopyBuffers
+from .shapes import QUICK, STAGES, Shape
+
+SUBJECT = "cotnet_ext"
+COPY = "copy"
+
+Tensors = tuple[Tensor, ...]
+Function = Callable[..., Tensor]  # or an nn.Module, whose parameters then get gradients too
+Call = Callable[[], Tensors]
+
+
+class InputMaker(Protocol):
+    """Makes an input set. Equal makers stand for the same inputs, which are then shared."""
+
+    dtype: torch.dtype
+    layout: str
+
+    def __call__(self) -> Tensors: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure; one value for a whole run."""
+
+    device: str = "cpu"
+    quick: bool = False
+    warm: bool = False
+    compiled: bool = True
+    budget_s: float = 2.0  # measured time of one comparison
+    rotate_bytes: int = 512 << 20  # more than caches hold
+    max_sets: int = 1024
+    min_rounds: int = 7
+    max_rounds: int = 200
+
+    def shapes(self, shapes: Iterable[Shape] = STAGES) -> tuple[Shape, ...]:
+        return QUICK if self.quick else tuple(shapes)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute something."""
+
+    provider: str
+    function: Function
+    reference: Function | None  # the truth, in pure PyTorch; None: nothing to check
+    make: InputMaker
+    bytes: int | None = None  # see byte_model.py
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Contenders for one pass of one op on one shape. The first is the subject."""
+
+    op: str
+    direction: str  # a key of PASSES
+    shape: Shape
+    contenders: list[Contender]
+    dtype: torch.dtype = torch.float32
+    repeat: int = 1  # calls in one sample, for what is too short to time alone
+
+    @property
+    def name(self) -> str:
+        return comparison_name(self.op, self.direction, self.shape, self.dtype)
+
+
+def comparison_name(
+    op: str, direction: str, shape: Shape, dtype: torch.dtype = torch.float32
+) -> str:
+    """Identifies a comparison in the results."""
+    return f"{op}, {direction}, {shape}, {dtype_name(dtype)}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def copy_contender(total_bytes: int, device: str) -> Contender:
+    """`destination.copy_(source)` that moves as many bytes as the byte model counts."""
+
+    def copy(source: Tensor, destination: Tensor) -> Tensor:
+        return destination.copy_(source)
+
+    make = CopyBuffers(total_bytes // 8, device)
+    return Contender(COPY, copy, reference=None, make=make, bytes=8 * make.floats)
+
+
+# ---- passes: what one call is ------------------------------------------------------------------
+
+
+def _forward(function: Function, parameters: Tensors, inputs: Tensors) -> Tensors:
+    return (function(*inputs),)
+
+
+def _step(function: Function, parameters: Tensors, inputs: Tensors) -> Tensors:
+    """The output, and all gradients; the last of the inputs is the gradient of the output."""
+    *inputs, upstream = inputs
+    output = function(*inputs)
+    gradients = torch.autograd.grad(
+        output, [*inputs, *parameters], upstream, allow_unused=True, materialize_grads=True
+    )
+    return (output.detach(), *gradients)
+
+
+@dataclass(frozen=True)
+class Pass:
+    run: Callable[[Function, Tensors, Tensors], Tensors]
+    records: bool = False  # does autograd record the call?
+    upstream: bool = False  # does it need a gradient for its output?
+    training: bool = False  # the mode of modules
+
+
+PASSES = {
+    "forward": Pass(_forward),
+    "recorded forward": Pass(_forward, records=True),
+    "forward+backward": Pass(_step, records=True, upstream=True),
+    "eval": Pass(_forward),
+    "train step": Pass(_step, records=True, upstream=True, training=True),
+}
+
+
+def prepare(function: Function, inputs: Tensors, direction: str) -> Call:
+    """`function` on `inputs`, ready to be called and timed."""
+    kind = PASSES[direction]
+    parameters: Tensors = ()
+    if isinstance(function, nn.Module):
+        function.train(kind.training)
+        parameters = tuple(function.parameters()) if kind.upstream else ()
+    return lambda: kind.run(function, parameters, inputs)
+
+
+def inputs_for(direction: str, inputs: Tensors) -> Tensors:
+    """`inputs` with what the pass needs: recorded, and with a gradient for the output.
+
+    The output of everything here is like its first input.
+    """
+    kind = PASSES[direction]
+    inputs = tuple(t.requires_grad_(kind.records) for t in inputs)
+    return (*inputs, torch.randn_like(inputs[0], requires_grad=False)) if kind.upstream else inputs

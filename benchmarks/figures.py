@@ -1,0 +1,124 @@
+"""The figures to reach: for each, which row shows it, how to read it there, and the target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .comparison import SUBJECT, comparison_name
+from .shapes import COT_ATTENTION, COT_LAYER_EVAL, MEMORY_BOUND, STAGES, TINY
+
+REACHED, MISSED, FAILED, ABSENT = "reached", "MISSED", "FAILED", "not measured"
+
+
+def _time(row: dict) -> float | None:
+    return row["ms"] and row["ms"]["p50"]
+
+
+def _share(row: dict) -> float | None:
+    return row["share_of_copy"]
+
+
+def _ratio(row: dict) -> float | None:
+    """Time of the row over the time of the subject of its comparison."""
+    return row["ratio"]
+
+
+def _inverse_ratio(row: dict) -> float | None:
+    return row["ratio"] and 1 / row["ratio"]
+
+
+def _peak_ratio(row: dict) -> float | None:
+    return row["peak_ratio"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A claim about one row."""
+
+    claim: str
+    comparison: str
+    provider: str
+    read: Callable[[dict], float | None]
+    target: float
+    at_most: bool = False
+    dtype: str = "float32"
+    layout: str = "contiguous"
+    unit: str = "x"
+
+    def judge(self, rows: list[dict]) -> tuple[float | None, str]:
+        """The measured value and the verdict."""
+        mine = [row for row in rows if self._matches(row)]
+        if not mine:
+            return None, ABSENT
+        if mine[-1]["error"]:
+            return None, FAILED
+        measured = self.read(mine[-1])
+        if measured is None:  # what it is measured against has failed
+            return None, FAILED
+        reached = measured <= self.target if self.at_most else measured >= self.target
+        return measured, REACHED if reached else MISSED
+
+    def _matches(self, row: dict) -> bool:
+        here = (row["comparison"], row["provider"], row.get("dtype"), row.get("layout"))
+        there = (self.comparison, self.provider, self.dtype, self.layout)
+        return here == there if "dtype" in row else here[:2] == there[:2]
+
+
+def figures() -> list[Figure]:
+    """All figures, in the order in which the report shows them."""
+    return [*_operator(), *_fused(), *_modules(), *_overhead()]
+
+
+def _operator() -> Iterator[Figure]:
+    op = "local_aggregation"
+    for shape, target in zip(STAGES, (0.8, 0.8, 0.8, 0.6), strict=True):
+        forward = comparison_name(op, "forward", shape)
+        yield Figure("share of copy bandwidth", forward, SUBJECT, _share, target, unit="")
+    for direction in ("forward", "forward+backward"):
+        for shape in STAGES:
+            name = comparison_name(op, direction, shape)
+            yield Figure("speed-up over compiled shift-and-sum", name, "shift, compiled", _ratio, 5)
+    forward = comparison_name(op, "forward", STAGES[0])
+    yield Figure("speed-up over unfold", forward, "unfold", _ratio, 40)
+    for direction in ("forward", "forward+backward"):
+        for shape in STAGES:
+            name = comparison_name(op, direction, shape)
+            yield Figure(
+                "time in channels_last / in NCHW", name, SUBJECT, _ratio, 1.3,
+                at_most=True, layout="channels_last",
+            )  # fmt: skip
+    half = comparison_name(op, "forward", MEMORY_BOUND, torch.bfloat16)
+    yield Figure("speed-up over float32", half, SUBJECT, _ratio, 1.3)
+
+
+def _fused() -> Iterator[Figure]:
+    for op, target in (("softmax_aggregation", 1.5), ("group_norm_aggregation", 1.6)):
+        for direction in ("forward", "forward+backward"):
+            for shape in STAGES:
+                yield Figure(
+                    "time / that of local_aggregation", comparison_name(op, direction, shape),
+                    "local_aggregation", _inverse_ratio, target, at_most=True,
+                )  # fmt: skip
+
+
+def _modules() -> Iterator[Figure]:
+    for direction, targets in (("eval", (5, 2.6)), ("train step", (2.8, 2.3))):
+        for shape, target in zip(COT_ATTENTION, targets, strict=True):
+            name = comparison_name("CoTAttention", direction, shape)
+            yield Figure("speed-up over the reference", name, "reference", _ratio, target)
+            yield Figure("peak extra memory, reference / ours", name, "reference", _peak_ratio, 3)
+    name = comparison_name("CotLayer", "eval", COT_LAYER_EVAL[0])
+    yield Figure("speed-up over the reference", name, "reference", _ratio, 2)
+
+
+def _overhead() -> Iterator[Figure]:
+    yield Figure("time beyond torch's own", "import", SUBJECT, _time, 500, at_most=True, unit=" ms")
+    for claim, direction, target in (
+        ("time without grad", "forward", 0.015),
+        ("time with grad", "recorded forward", 0.040),
+    ):
+        name = comparison_name("one call", direction, TINY)
+        yield Figure(claim, name, SUBJECT, _time, target, at_most=True, unit=" ms")

@@ -1,0 +1,454 @@
+"""The layers of Contextual Transformer networks on the fused functions of this package.
+
+Drop-in for the originals: the constructors, the `state_dict` keys and the numbers in training and
+evaluation are those of `cotnet_ext.reference`, and the same seed initialises the same parameters.
+Nothing is computed here that is not a submodule, a function of `cotnet_ext.functional` or a 1x1
+convolution; the layers are faster because of three identities.
+
+* A 1x1 convolution of concatenated maps is the sum of 1x1 convolutions of the maps with the
+  matching columns of the weight: nothing is concatenated.
+* The mean over k*k output channels of a 1x1 convolution is a 1x1 convolution with averaged
+  weights: the `k*k*dim` channels of `CoTAttention` never exist.
+* GroupNorm followed by the aggregation is `group_norm_aggregation`: the normalised weights never
+  exist.
+
+A submodule that was replaced, parametrized or given hooks is called as it is; see `_is_plain`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
+
+from .functional import (
+    context_fusion,
+    group_norm_aggregation,
+    local_aggregation,
+    spatial_softmax_gate,
+)
+
+__all__ = ["CoTAttention", "CoXtLayer", "CotLayer", "LocalConvolution"]
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` does what `kind.forward` says and nothing else.
+
+    Only then may a layer use the parameters of a submodule in place of calling it. Parametrizations
+    change the type; pruning, weight norm and sharding are hooks; some tools replace `forward`.
+    """
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__
+        and not _has_any_global_hook()
+    )
+
+
+def _is_plain_sequence(module: nn.Module, length: int) -> bool:
+    return _is_plain(module, nn.Sequential) and len(module) == length
+
+
+def _is_plain_pointwise(module: nn.Module, groups: int | None = None) -> bool:
+    """Whether `module` is a 1x1 convolution that may be computed from its parameters."""
+    return (
+        _is_plain(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and module.stride == (1, 1)
+        and module.padding == (0, 0)
+        and groups in (None, module.groups)
+    )
+
+
+def _run(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`, with the plain 1x1 convolutions in it as `_pointwise`."""
+    if _is_plain_pointwise(module):
+        return _pointwise([x], [module.weight.flatten(1)], module.bias, module.groups)
+    if not _is_plain(module, nn.Sequential):
+        return module(x)
+    for part in module:
+        x = _run(part, x)
+    return x
+
+
+def _pointwise(
+    maps: list[Tensor], weights: list[Tensor], bias: Tensor | None = None, groups: int = 1
+) -> Tensor:
+    """The sum of 1x1 convolutions, of each map `[N, C, H, W]` with its weight `[O, C // groups]`.
+
+    Returns `[N, O, H, W]` in the memory format of the first map. On the CPU a matrix product reads
+    the maps as they lie, where a convolution copies them to blocks first.
+    """
+    _, c, h, w = maps[0].shape
+    if maps[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        if maps[0].stride(1) == 1 and groups == 1:
+            return _product_of_pixels(maps, weights, bias)
+        # The gradient of the weight is first written once per image, [N, O, C]: not for small maps.
+        if maps[0].stride(1) != 1 and 4 * h * w > c:
+            return _product_per_image(maps, weights, bias, groups)
+    total = F.conv2d(maps[0], weights[0][..., None, None], bias, groups=groups)
+    for x, weight in zip(maps[1:], weights[1:], strict=True):
+        total = total + F.conv2d(x, weight[..., None, None], groups=groups)
+    return total
+
+
+def _product_of_pixels(maps: list[Tensor], weights: list[Tensor], bias: Tensor | None) -> Tensor:
+    """`_pointwise` of channels_last maps as `[N*H*W, C] @ [C, O]`."""
+    n, c, h, w = maps[0].shape
+    total = bias
+    for x, weight in zip(maps, weights, strict=True):
+        pixels = x.permute(0, 2, 3, 1).reshape(n * h * w, c)
+        columns = weight.t()
+        total = pixels.mm(columns) if total is None else torch.addmm(total, pixels, columns)
+    return total.view(n, h, w, weights[0].shape[0]).permute(0, 3, 1, 2)
+
+
+def _product_per_image(
+    maps: list[Tensor], weights: list[Tensor], bias: Tensor | None, groups: int
+) -> Tensor:
+    """`_pointwise` of NCHW maps as `[N*groups, O, C] @ [N*groups, C, H*W]`."""
+    n, c, h, w = maps[0].shape
+    total = None if bias is None else bias.view(groups, -1, 1).repeat(n, 1, 1)
+    for x, weight in zip(maps, weights, strict=True):
+        pixels = x.reshape(n * groups, c // groups, h * w)
+        weight = weight.unflatten(0, (groups, -1)).expand(n, -1, -1, -1).flatten(0, 1)
+        total = weight.bmm(pixels) if total is None else torch.baddbmm(total, weight, pixels)
+    return total.view(n, weights[0].shape[0], h, w)
+
+
+def _check_sizes(dim: int, kernel_size: int, multiple: int) -> None:
+    for name, value in (("dim", dim), ("kernel_size", kernel_size)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+    if dim < 1 or dim % multiple:
+        raise ValueError(f"dim must be a positive multiple of {multiple}, got {dim}")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be a positive odd number, got {kernel_size}")
+
+
+def _check_map(input: Tensor, dim: int) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+    if input.dim() != 4 or input.shape[1] != dim:
+        raise ValueError(f"input must be [N, {dim}, H, W], got {list(input.shape)}")
+
+
+class LocalConvolution(nn.Module):
+    """`local_aggregation` with its window as a module; it has no parameters.
+
+    Args:
+        in_channels, out_channels: kept for the original signature; the tensors decide.
+        kernel_size, stride, padding, dilation: int or pair.
+        pad_mode: 0 pads with zeros, 1 reflects.
+
+    `forward(input [N, C, H, W], weight [N, G, Cw, K, Ho, Wo]) -> [N, G*C, Ho, Wo]`
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        pad_mode: int = 0,
+    ) -> None:
+        super().__init__()
+        if pad_mode not in (0, 1):
+            raise ValueError(f"pad_mode must be 0 (zeros) or 1 (reflect), got {pad_mode!r}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+        self.pad_mode = pad_mode
+
+    @property
+    def window(self) -> dict[str, int | tuple[int, int] | str]:
+        """The keyword arguments of the functions that say what the window is."""
+        return {
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "padding_mode": "reflect" if self.pad_mode else "zeros",
+        }
+
+    def forward(self, input: Tensor, weight: Tensor) -> Tensor:
+        return local_aggregation(input, weight, **self.window)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
+            f"pad_mode={self.pad_mode}"
+        )
+
+
+class CoTAttention(nn.Module):
+    """Contextual attention with a softmax over the map; see `reference.CoTAttention`.
+
+    Args:
+        dim: channels, a multiple of 4.
+        kernel_size: odd size of the static context.
+
+    `forward(input [N, dim, H, W]) -> [N, dim, H, W]`. Neither the concatenation of input and static
+    context nor the `k*k*dim` logits nor the probabilities are ever in memory.
+
+    Source: `model/attention/CoTAttention.py` of xmu-xiaoma666/External-Attention-pytorch.
+    """
+
+    def __init__(self, dim: int = 512, kernel_size: int = 3) -> None:
+        super().__init__()
+        _check_sizes(dim, kernel_size, multiple=4)
+        self.dim = dim
+        self.kernel_size = kernel_size
+        self.key_embed = nn.Sequential(
+            nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=4, bias=False),
+            nn.BatchNorm2d(dim),
+            nn.ReLU(),
+        )
+        self.value_embed = nn.Sequential(
+            nn.Conv2d(dim, dim, 1, bias=False),
+            nn.BatchNorm2d(dim),
+        )
+        hidden = 2 * dim // 4
+        self.attention_embed = nn.Sequential(
+            nn.Conv2d(2 * dim, hidden, 1, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU(),
+            nn.Conv2d(hidden, kernel_size * kernel_size * dim, 1),
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        _check_map(input, self.dim)
+        static = self.key_embed(input)
+        value = _run(self.value_embed, input)
+        return spatial_softmax_gate(self._logits(static, input), value, static)
+
+    def _logits(self, static: Tensor, input: Tensor) -> Tensor:
+        """`attention_embed` of both maps, averaged over its k*k outputs per channel."""
+        embed = self.attention_embed
+        taps = self.kernel_size * self.kernel_size
+        if not _is_plain_sequence(embed, 4):
+            logits = embed(torch.cat((static, input), dim=1))
+            return logits.unflatten(1, (self.dim, taps)).mean(2)
+        join, norm, act, last = embed
+        if _is_plain_pointwise(join, groups=1):
+            weight = join.weight.flatten(1)
+            parts = [weight[:, : self.dim], weight[:, self.dim :]]
+            hidden = _pointwise([static, input], parts, join.bias)
+        else:
+            hidden = join(torch.cat((static, input), dim=1))
+        hidden = act(norm(hidden))
+        if not _is_plain_pointwise(last, groups=1):
+            return last(hidden).unflatten(1, (self.dim, taps)).mean(2)
+        # Output channel c*k*k + t is tap t of channel c. The bias cancels in the softmax over the
+        # map, but stays, so that its gradient is zero and not absent.
+        weight = last.weight.view(self.dim, taps, -1).mean(1)
+        bias = None if last.bias is None else last.bias.view(self.dim, taps).mean(1)
+        return _pointwise([hidden], [weight], bias)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, kernel_size={self.kernel_size}"
+
+
+class _ContextualLayer(nn.Module):
+    """What `CotLayer` and `CoXtLayer` have in common: all but the grouping of the channels.
+
+    Attributes:
+        _key_groups: groups of the convolution in `key_embed`.
+        _groups: groups of the 1x1 convolutions in `embed` and `conv1x1`.
+    """
+
+    _key_groups: int
+    _groups: int
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__()
+        groups = self._groups
+        _check_sizes(dim, kernel_size, multiple=8 * groups)
+        taps = kernel_size * kernel_size
+        self.dim = dim
+        self.kernel_size = kernel_size
+        padding = kernel_size // 2
+        self.key_embed = nn.Sequential(
+            nn.Conv2d(dim, dim, kernel_size, padding=padding, groups=self._key_groups, bias=False),
+            nn.BatchNorm2d(dim),
+            nn.ReLU(inplace=True),
+        )
+        self.embed = nn.Sequential(
+            nn.Conv2d(2 * dim, dim // 2, 1, groups=groups, bias=False),
+            nn.BatchNorm2d(dim // 2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(dim // 2, taps * dim // 8, 1, groups=groups),
+            nn.GroupNorm(dim // 8, taps * dim // 8),
+        )
+        self.conv1x1 = nn.Sequential(
+            nn.Conv2d(dim, dim, 1, groups=groups, bias=False),
+            nn.BatchNorm2d(dim),
+        )
+        self.local_conv = LocalConvolution(dim, dim, kernel_size, padding=padding)
+        self.bn = nn.BatchNorm2d(dim)
+        self.act = nn.SiLU(inplace=True)
+        self.radix = 2
+        hidden = max(dim * self.radix // 4, 32)
+        self.se = nn.Sequential(
+            nn.Conv2d(dim, hidden, 1),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, self.radix * dim, 1),
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        _check_map(input, self.dim)
+        static = self.key_embed(input)
+        value = _run(self.conv1x1, input)
+        dynamic = self.act(self.bn(self._aggregate(value, input, static)))
+        # The mean of the sum, without the sum.
+        pooled = dynamic.mean((2, 3), keepdim=True) + static.mean((2, 3), keepdim=True)
+        logits = _run(self.se, pooled).reshape(input.shape[0], self.dim, self.radix)
+        return context_fusion(dynamic, static, logits)
+
+    def _aggregate(self, value: Tensor, input: Tensor, static: Tensor) -> Tensor:
+        """Sum `value` over windows with the weights that `embed` makes of both maps."""
+        embed, local = self.embed, self.local_conv
+        if not _is_plain_sequence(embed, 5):
+            return self._apply_local(value, embed(self._concatenate(input, static)))
+        join, norm, act, expand, group_norm = embed
+        if _is_plain_pointwise(join, self._groups):
+            parts = self._split(join.weight.flatten(1))
+            hidden = _pointwise([input, static], parts, join.bias, self._groups)
+        else:
+            hidden = join(self._concatenate(input, static))
+        weight = _run(expand, act(norm(hidden)))
+        if not _is_plain(local, LocalConvolution) or not self._is_fusable(group_norm, weight):
+            return self._apply_local(value, group_norm(weight))
+        return self._apply_fused(value, weight, group_norm)
+
+    def _is_fusable(self, norm: nn.Module, weight: Tensor) -> bool:
+        """Whether `norm` is the GroupNorm that `group_norm_aggregation` can take over."""
+        return (
+            _is_plain(norm, nn.GroupNorm)
+            and norm.num_groups == self.dim // 8
+            and (
+                norm.weight is None
+                or norm.weight.dtype == weight.dtype
+                or torch.is_autocast_enabled(weight.device.type)
+            )
+        )
+
+    def _concatenate(self, input: Tensor, static: Tensor) -> Tensor:
+        """Both maps as the one that `embed` takes."""
+        raise NotImplementedError
+
+    def _split(self, weight: Tensor) -> list[Tensor]:
+        """The columns of the weight of `embed[0]` for the input, and those for static."""
+        raise NotImplementedError
+
+    def _apply_local(self, value: Tensor, weight: Tensor) -> Tensor:
+        """`local_conv` of the value with normalised weights `[N, dim//8 * k*k, H, W]`."""
+        raise NotImplementedError
+
+    def _apply_fused(self, value: Tensor, weight: Tensor, norm: nn.GroupNorm) -> Tensor:
+        """The same with weights that `norm` has yet to normalise."""
+        return group_norm_aggregation(
+            value,
+            weight.unflatten(1, (1, self.dim // 8, self.kernel_size * self.kernel_size)),
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            **self.local_conv.window,
+        )
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, kernel_size={self.kernel_size}"
+
+
+class CotLayer(_ContextualLayer):
+    """The contextual transformer block of CoTNet; see `reference.CotLayer`.
+
+    Args:
+        dim: channels, a multiple of 8.
+        kernel_size: odd size of the static context and of the aggregation.
+
+    `forward(input [N, dim, H, W]) -> [N, dim, H, W]`. Neither the concatenation of input and static
+    context nor the normalised weights of the aggregation are ever in memory.
+
+    Source: Li et al., Contextual Transformer Networks for Visual Recognition, arXiv:2107.12292, and
+    `models/cotnet.py` of JDAI-CV/CoTNet.
+    """
+
+    _key_groups = 4
+    _groups = 1
+
+    def _concatenate(self, input: Tensor, static: Tensor) -> Tensor:
+        return torch.cat((input, static), dim=1)
+
+    def _split(self, weight: Tensor) -> list[Tensor]:
+        return [weight[:, : self.dim], weight[:, self.dim :]]
+
+    def _apply_local(self, value: Tensor, weight: Tensor) -> Tensor:
+        taps = self.kernel_size * self.kernel_size
+        return self.local_conv(value, weight.unflatten(1, (1, self.dim // 8, taps)))
+
+
+class CoXtLayer(_ContextualLayer):
+    """The block of CoTNeXt, `CotLayer` with grouped convolutions; see `reference.CoXtLayer`.
+
+    Args:
+        dim: channels, a multiple of 16.
+        kernel_size: odd size of the static context and of the aggregation.
+
+    `forward(input [N, dim, H, W]) -> [N, dim, H, W]`.
+
+    `embed` sees input and static context interleaved channel by channel in two groups, which is the
+    sum of two grouped convolutions with the even and the odd columns of its weight. The two halves
+    of the channels have weights of their own: channel `g*C/2 + q*C/16 + m` uses weight channel
+    `g*C/16 + m`.
+
+    Source: `models/cotnet.py` of JDAI-CV/CoTNet.
+    """
+
+    _key_groups = 8
+    _groups = 2
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__(dim, kernel_size)
+        self.dw_group = self._groups
+
+    def _concatenate(self, input: Tensor, static: Tensor) -> Tensor:
+        return torch.stack((input, static), dim=2).flatten(1, 2)
+
+    def _split(self, weight: Tensor) -> list[Tensor]:
+        return [weight[:, 0::2], weight[:, 1::2]]
+
+    def _apply_local(self, value: Tensor, weight: Tensor) -> Tensor:
+        n, c, h, w = value.shape
+        # As in the original: the two halves are two images, each with the weights of its own.
+        value = value.reshape(2 * n, c // 2, h, w)
+        weight = weight.reshape(2 * n, 1, c // 16, self.kernel_size * self.kernel_size, h, w)
+        return self.local_conv(value, weight).reshape(n, c, h, w)
+
+    def _apply_fused(self, value: Tensor, weight: Tensor, norm: nn.GroupNorm) -> Tensor:
+        return _swap_blocks(super()._apply_fused(_swap_blocks(value, 2, 8), weight, norm), 8, 2)
+
+
+def _swap_blocks(x: Tensor, outer: int, inner: int) -> Tensor:
+    """Channels `(outer, inner, rest)` of a map reordered to `(inner, outer, rest)`, same layout."""
+    channels_last = x.stride(1) == 1
+    if torch.compiler.is_compiling():
+        # No view: inductor fails to save one with symbolic strides for the backward.
+        channels = torch.arange(x.shape[1], device=x.device).view(outer, inner, -1)
+        swapped = x.index_select(1, channels.transpose(0, 1).flatten())
+        return swapped.contiguous(memory_format=torch.channels_last) if channels_last else swapped
+    if channels_last:
+        rows = x.permute(0, 2, 3, 1).unflatten(3, (outer, inner, -1)).transpose(3, 4)
+        return rows.flatten(3).permute(0, 3, 1, 2)
+    return x.unflatten(1, (outer, inner, -1)).transpose(1, 2).flatten(1, 3)

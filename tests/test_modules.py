@@ -1,0 +1,680 @@
+"""Each layer against its reference: values, gradients, buffers, hooks, replaced parts, tools."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import dtype_id, randn
+from layouts import assert_keeps_format
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cotnet_ext import modules, reference
+
+# In narrow dtypes a result may be this many times as far from the truth as the reference is.
+FACTOR = 4.0
+
+# name: class, constructor arguments, shape of the input.
+LAYERS = {
+    "attention": ("CoTAttention", (16, 3), (3, 16, 7, 6)),
+    "attention_k5": ("CoTAttention", (8, 5), (2, 8, 9, 10)),
+    "attention_k1": ("CoTAttention", (8, 1), (4, 8, 5, 5)),
+    "attention_wide_and_small": ("CoTAttention", (128, 3), (6, 128, 4, 5)),
+    "cot": ("CotLayer", (16, 3), (6, 16, 7, 6)),
+    "cot_k5": ("CotLayer", (24, 5), (5, 24, 8, 9)),
+    "cot_k1": ("CotLayer", (8, 1), (6, 8, 5, 5)),
+    "cot_wide_and_small": ("CotLayer", (128, 3), (6, 128, 4, 5)),
+    "coxt": ("CoXtLayer", (32, 3), (6, 32, 7, 6)),
+    "coxt_k5": ("CoXtLayer", (16, 5), (5, 16, 8, 9)),
+    "coxt_wide_and_small": ("CoXtLayer", (128, 3), (6, 128, 4, 5)),
+}
+# One of each, for what does not depend on sizes.
+KINDS = ("attention", "cot", "coxt")
+
+every_layer = pytest.mark.parametrize("name", LAYERS)
+every_kind = pytest.mark.parametrize("name", KINDS)
+both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+both_layouts = pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"]
+)
+
+
+def build(package, name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A layer of `modules` or `reference` whose norms are not at their trivial start."""
+    kind, arguments, _ = LAYERS[name]
+    torch.manual_seed(0)
+    layer = getattr(package, kind)(*arguments)
+    for key, t in [*layer.named_parameters(), *layer.named_buffers()]:
+        if t.is_floating_point() and t.dim() == 1:
+            values = randn(*t.shape, key=(name, key)) / 2
+            t.data.copy_(values.square() + 0.5 if "var" in key else values + ("weight" in key))
+    return layer.to(dtype)
+
+
+def smooth(layer: nn.Module) -> nn.Module:
+    """The layer without kinks, at which a rounding may turn a gradient on or off."""
+    for path, module in list(layer.named_modules()):
+        if isinstance(module, nn.ReLU):
+            layer.set_submodule(path, nn.SiLU())
+    return layer
+
+
+def make_input(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    return randn(*LAYERS[name][2], dtype=dtype, key=(name, "input"))
+
+
+def run(layer: nn.Module, x: Tensor, layout=torch.contiguous_format) -> dict[str, Tensor]:
+    """Output, gradients of the input and of all parameters, and buffers after one pass."""
+    leaf = x.detach().clone(memory_format=layout).requires_grad_()
+    layer.zero_grad()
+    y = layer(leaf)
+    y.backward(randn(*y.shape, dtype=y.dtype, key="grad"))
+    results = {"output": y.detach(), "input": leaf.grad}
+    results |= {key: p.grad for key, p in layer.named_parameters()}
+    return results | {key: b.clone() for key, b in layer.named_buffers()}
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal up to float64 rounding, name by name."""
+    assert list(actual) == list(expected)
+    for key, value in expected.items():
+        assert actual[key].dtype == value.dtype, key
+        torch.testing.assert_close(
+            actual[key], value, rtol=1e-9, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+def assert_no_worse(
+    actual: dict[str, Tensor], truth: dict[str, Tensor], same: dict[str, Tensor]
+) -> None:
+    """Not much further from the float64 truth than the reference in the same dtype is.
+
+    The distance is that of whole tensors; single elements are compared in float64.
+    """
+    assert list(actual) == list(truth)
+    for key, value in actual.items():
+        assert value.dtype == same[key].dtype, key
+        if not value.is_floating_point():
+            assert torch.equal(value, truth[key]), key
+            continue
+        error, reference_error = (
+            torch.linalg.vector_norm(t.double() - truth[key]) for t in (value, same[key])
+        )
+        rounding = torch.finfo(value.dtype).eps * torch.linalg.vector_norm(truth[key])
+        limit = FACTOR * reference_error + rounding
+        assert error <= limit, f"{key}: off by {error:.3g}, the reference by {reference_error:.3g}"
+
+
+# --- the same layer ------------------------------------------------------------------------------
+
+
+@every_layer
+def test_same_initialisation_and_state(name):
+    kind, arguments, _ = LAYERS[name]
+    layers = []
+    for package in (modules, reference):
+        torch.manual_seed(3)
+        layers.append(getattr(package, kind)(*arguments))
+    ours, theirs = (layer.state_dict() for layer in layers)
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    layers[0].load_state_dict(theirs)
+    layers[1].load_state_dict(ours)
+
+
+@both_layouts
+@both_modes
+@every_layer
+def test_values_gradients_and_buffers(name, training, layout):
+    ours = build(modules, name).train(training)
+    theirs = build(reference, name).train(training)
+    x = make_input(name)
+    for _ in range(2):  # the second pass starts from moved running statistics
+        assert_equal(run(ours, x, layout), run(theirs, x, layout))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=dtype_id)
+@both_layouts
+@both_modes
+@pytest.mark.parametrize("name", [name for name in LAYERS if not name.endswith("k1")])
+def test_narrow_dtypes(name, training, layout, dtype):
+    x = make_input(name, dtype)
+    ours, theirs = (smooth(build(package, name, dtype)) for package in (modules, reference))
+    results = run(ours.train(training), x, layout)
+    truth = run(copy.deepcopy(theirs).double().train(training), x.double())
+    same = run(theirs.train(training), x, layout)
+    assert_no_worse(results, truth, same)
+
+
+@both_layouts
+@every_layer
+def test_memory_format_is_kept(name, layout):
+    layer = build(modules, name)
+    x = make_input(name).contiguous(memory_format=layout)
+    assert_keeps_format(layer(x), x, name)
+    assert_keeps_format(layer.eval()(x), x, name)
+
+
+@pytest.mark.parametrize("strides", ["sliced", "transposed", "expanded"])
+@every_kind
+def test_other_strides(name, strides):
+    n, c, h, w = LAYERS[name][2]
+    x = {
+        "sliced": lambda: randn(n, c + 2, h, w + 3)[:, 1:-1, :, 2:-1],
+        "transposed": lambda: randn(n, c, w, h).mT,
+        "expanded": lambda: randn(1, c, h, w).expand(n, -1, -1, -1),
+    }[strides]()
+    expected = build(reference, name).eval()(x.contiguous())
+    torch.testing.assert_close(build(modules, name).eval()(x), expected)
+
+
+@every_kind
+def test_an_empty_batch(name):
+    layer = build(modules, name).eval()
+    x = make_input(name)[:0].requires_grad_()
+    y = layer(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    for key, p in layer.named_parameters():
+        assert torch.equal(p.grad, torch.zeros_like(p)), key
+
+
+@every_kind
+def test_training_stays_together(name):
+    layers = [build(package, name) for package in (modules, reference)]
+    optimisers = [
+        torch.optim.SGD(layer.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+        for layer in layers
+    ]
+    for step in range(5):
+        x = randn(*LAYERS[name][2], key=("step", step))
+        for layer, optimiser in zip(layers, optimisers, strict=True):
+            optimiser.zero_grad()
+            (layer(x) - x.roll(1, 3)).square().mean().backward()
+            optimiser.step()
+    ours, theirs = (layer.state_dict() for layer in layers)
+    moved = build(reference, name).state_dict()
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-8, atol=1e-8, msg=key)
+    assert not torch.allclose(moved["key_embed.0.weight"], ours["key_embed.0.weight"])
+
+
+@both_layouts
+@both_modes
+@every_kind
+def test_autocast(name, training, layout):
+    x = make_input(name, torch.float32)
+    results = []
+    for package in (modules, reference):
+        layer = smooth(build(package, name, torch.float32)).train(training)
+        leaf = x.clone(memory_format=layout).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(leaf)
+        y.backward(randn(*y.shape, dtype=y.dtype, key="grad"))
+        grads = {key: p.grad for key, p in layer.named_parameters()}
+        results.append({"output": y.detach(), "input": leaf.grad} | grads)
+    ours, theirs = results
+    double = smooth(build(reference, name, torch.float32)).double().train(training)
+    truth = run(double, x.double())
+    assert_no_worse(ours, {key: truth[key] for key in ours}, theirs)
+
+
+# --- derivatives ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["CoTAttention", "CotLayer", "CoXtLayer"])
+def test_second_derivatives(kind):
+    torch.manual_seed(0)
+    layer = getattr(modules, kind)(16, 3).double().eval()
+    names = [key for key, _ in layer.named_parameters()]
+    parameters = [p.detach().requires_grad_() for p in layer.parameters()]
+    x = randn(1, 16, 3, 2).requires_grad_()
+
+    def function(x, *parameters):
+        state = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(layer, state, (x,))
+
+    assert torch.autograd.gradcheck(function, (x, *parameters), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, (x, *parameters), fast_mode=True)
+
+
+@every_kind
+def test_forward_mode(name):
+    x, tangent = make_input(name), randn(*LAYERS[name][2], key="tangent")
+    ours, theirs = (build(package, name).eval() for package in (modules, reference))
+    for actual, expected in zip(
+        torch.func.jvp(ours, (x,), (tangent,)),
+        torch.func.jvp(theirs, (x,), (tangent,)),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+@every_kind
+def test_vmap_over_an_ensemble(name):
+    layers = [build(modules, name).eval() for _ in range(3)]
+    for i, layer in enumerate(layers):
+        for p in layer.parameters():
+            p.data.mul_(1 + i / 10)
+    state = torch.func.stack_module_state(layers)
+    x = make_input(name)
+
+    def call(parameters, buffers, x):
+        return torch.func.functional_call(layers[0], (parameters, buffers), (x,))
+
+    together = torch.func.vmap(call, in_dims=(0, 0, None))(*state, x)
+    torch.testing.assert_close(together, torch.stack([layer(x) for layer in layers]))
+
+
+@every_kind
+def test_gradients_of_a_frozen_part(name):
+    ours, theirs = (build(package, name) for package in (modules, reference))
+    for layer in (ours, theirs):
+        layer.key_embed.requires_grad_(False)
+        layer(make_input(name)).square().sum().backward()
+    for (key, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if key.startswith("key_embed"):
+            assert p.grad is None
+        else:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-8, msg=key)
+
+
+# --- nothing that need not exist -----------------------------------------------------------------
+
+
+class Recorder(TorchDispatchMode):
+    """The names of all operators that run, and the largest tensor that they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket._qualified_op_name)
+        outputs = result if isinstance(result, (tuple, list)) else [result]
+        sizes = [t.untyped_storage().nbytes() // t.element_size() for t in outputs if _dense(t)]
+        self.largest = max(self.largest, *sizes, 0)
+        return result
+
+
+def _dense(t: object) -> bool:
+    return isinstance(t, Tensor) and t.layout == torch.strided
+
+
+def recorded(layer: nn.Module, x: Tensor) -> Recorder:
+    with Recorder() as recorder:
+        layer(x).sum().backward()
+    return recorder
+
+
+@both_layouts
+@every_kind
+def test_nothing_is_concatenated(name, layout):
+    x = make_input(name).contiguous(memory_format=layout).requires_grad_()
+    names = recorded(build(modules, name), x).names
+    assert not names & {"aten::cat", "aten::stack"}
+    original = recorded(build(reference, name), x).names
+    assert original & {"aten::cat", "aten::stack"}, "this test cannot see a concatenation"
+
+
+@both_layouts
+def test_attention_makes_no_logits_per_tap(layout):
+    x = randn(2, 16, 12, 12).contiguous(memory_format=layout).requires_grad_()
+    torch.manual_seed(0)
+    ours, theirs = (package.CoTAttention(16, 3).double() for package in (modules, reference))
+    assert recorded(theirs, x).largest >= 9 * x.numel()
+    assert recorded(ours, x).largest <= 2 * x.numel()
+
+
+@both_layouts
+@pytest.mark.parametrize("kind", ["CotLayer", "CoXtLayer"])
+def test_the_fused_norm_runs(kind, layout):
+    layer = getattr(modules, kind)(16, 3).double()
+    x = randn(4, 16, 6, 6).contiguous(memory_format=layout).requires_grad_()
+    names = recorded(layer, x).names
+    assert "cotnet_ext::group_norm_aggregation" in names
+    assert not names & {"aten::native_group_norm", "aten::im2col"}
+
+
+# --- replaced and watched submodules -------------------------------------------------------------
+
+
+class Doubled(nn.BatchNorm2d):
+    """A subclass that is not what its base class is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(2 * input) + 1
+
+
+def _swap(path: str, make: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], None]:
+    def change(layer: nn.Module) -> None:
+        torch.manual_seed(5)
+        layer.set_submodule(path, make(layer.get_submodule(path)).double())
+
+    return change
+
+
+def _group_norm(norm: nn.Module) -> nn.Module:
+    channels = getattr(norm, "num_features", None) or norm.num_channels
+    return nn.GroupNorm(2, channels)
+
+
+def _all_norms(make: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], None]:
+    def change(layer: nn.Module) -> None:
+        for path, norm in list(layer.named_modules()):
+            if type(norm) is nn.BatchNorm2d:
+                _swap(path, make)(layer)
+
+    return change
+
+
+def _hooked(path: str) -> Callable[[nn.Module], None]:
+    """A hook that changes what the submodule returns."""
+    return lambda layer: layer.get_submodule(path).register_forward_hook(lambda *a: 2 * a[2])
+
+
+def _pre_hooked(path: str) -> Callable[[nn.Module], None]:
+    return lambda layer: layer.get_submodule(path).register_forward_pre_hook(
+        lambda module, args: tuple(a / 2 for a in args)
+    )
+
+
+def _patched(path: str) -> Callable[[nn.Module], None]:
+    """Another forward on the instance, as offloading tools do."""
+
+    def change(layer: nn.Module) -> None:
+        module = layer.get_submodule(path)
+        original = module.forward
+        module.forward = lambda *args: 2 * original(*args)
+
+    return change
+
+
+def _weight_norm(path: str) -> Callable[[nn.Module], None]:
+    def change(layer: nn.Module) -> None:
+        parametrizations.weight_norm(layer.get_submodule(path))
+        layer.get_submodule(path).parametrizations.weight.original0.data.mul_(1.5)
+
+    return change
+
+
+def _pruned(path: str) -> Callable[[nn.Module], None]:
+    return lambda layer: prune.l1_unstructured(layer.get_submodule(path), "weight", 0.5)
+
+
+def _wider(conv: nn.Module) -> nn.Module:
+    """A convolution that looks at the neighbours as well."""
+    return nn.Conv2d(
+        conv.in_channels, conv.out_channels, 3, padding=1, groups=conv.groups, bias=False
+    )
+
+
+def _biased(conv: nn.Module) -> nn.Module:
+    return nn.Conv2d(conv.in_channels, conv.out_channels, 1, groups=conv.groups, bias=True)
+
+
+def _regrouped(conv: nn.Module) -> nn.Module:
+    groups = 2 if conv.groups == 1 else 1
+    return nn.Conv2d(conv.in_channels, conv.out_channels, 1, groups=groups, bias=False)
+
+
+def _sequence_with_more(sequence: nn.Module) -> nn.Module:
+    return nn.Sequential(*sequence, nn.Tanh())
+
+
+def _group_norm_with(**options) -> Callable[[nn.Module], nn.Module]:
+    return lambda norm: nn.GroupNorm(norm.num_groups, norm.num_channels, **options)
+
+
+EVERYWHERE = {
+    "norms become GroupNorm": _all_norms(_group_norm),
+    "norms become Identity": _all_norms(lambda norm: nn.Identity()),
+    "norms become a subclass": _all_norms(lambda norm: Doubled(norm.num_features)),
+    "norms without running statistics": _all_norms(
+        lambda norm: nn.BatchNorm2d(norm.num_features, track_running_stats=False)
+    ),
+    "norms without parameters": _all_norms(
+        lambda norm: nn.BatchNorm2d(norm.num_features, affine=False)
+    ),
+}
+IN_ATTENTION = {
+    "first becomes 3x3": _swap("attention_embed.0", _wider),
+    "first has a bias": _swap("attention_embed.0", _biased),
+    "first is regrouped": _swap("attention_embed.0", _regrouped),
+    "first is hooked": _hooked("attention_embed.0"),
+    "first is pruned": _pruned("attention_embed.0"),
+    "last becomes 3x3": _swap("attention_embed.3", _wider),
+    "last is hooked": _hooked("attention_embed.3"),
+    "last is regrouped": _swap("attention_embed.3", _regrouped),
+    "last has a weight norm": _weight_norm("attention_embed.3"),
+    "last is patched": _patched("attention_embed.3"),
+    "embedding is hooked": _hooked("attention_embed"),
+    "embedding is longer": _swap("attention_embed", _sequence_with_more),
+    "value is hooked": _hooked("value_embed"),
+}
+IN_LAYERS = {
+    "first becomes 3x3": _swap("embed.0", _wider),
+    "first has a bias": _swap("embed.0", _biased),
+    "first is regrouped": _swap("embed.0", _regrouped),
+    "first is hooked": _hooked("embed.0"),
+    "first is pre-hooked": _pre_hooked("embed.0"),
+    "first has a weight norm": _weight_norm("embed.0"),
+    "first is patched": _patched("embed.0"),
+    "second becomes 3x3": _swap("embed.3", _wider),
+    "second is regrouped": _swap("embed.3", _regrouped),
+    "value is regrouped": _swap("conv1x1.0", _regrouped),
+    "value is hooked": _hooked("conv1x1.0"),
+    "group norm becomes Identity": _swap("embed.4", lambda norm: nn.Identity()),
+    "group norm has one group": _swap("embed.4", lambda norm: nn.GroupNorm(1, norm.num_channels)),
+    "group norm has a large eps": _swap("embed.4", _group_norm_with(eps=0.3)),
+    "group norm has no parameters": _swap("embed.4", _group_norm_with(affine=False)),
+    "group norm is hooked": _hooked("embed.4"),
+    "group norm is patched": _patched("embed.4"),
+    "embedding is hooked": _hooked("embed"),
+    "embedding is longer": _swap("embed", _sequence_with_more),
+    "aggregation is hooked": _hooked("local_conv"),
+    "aggregation is pre-hooked": _pre_hooked("local_conv"),
+    "aggregation reflects": lambda layer: setattr(layer.local_conv, "pad_mode", 1),
+    "aggregation is dilated": lambda layer: (
+        setattr(layer.local_conv, "dilation", 2),
+        setattr(layer.local_conv, "padding", 2),
+    ),
+    "activation becomes Tanh": _swap("act", lambda act: nn.Tanh()),
+}
+CHANGES = [
+    pytest.param(name, change, id=f"{name}-{text}")
+    for name, changes in (
+        ("attention", EVERYWHERE | IN_ATTENTION),
+        ("cot", EVERYWHERE | IN_LAYERS),
+        ("coxt", EVERYWHERE | IN_LAYERS),
+    )
+    for text, change in changes.items()
+]
+
+
+@pytest.mark.parametrize(("name", "change"), CHANGES)
+def test_changed_submodules_are_respected(name, change):
+    x = make_input(name)
+    ours, theirs = (build(package, name) for package in (modules, reference))
+    untouched = run(theirs, x)["output"]
+    theirs = build(reference, name)
+    change(ours)
+    change(theirs)
+    expected = run(theirs, x)
+    assert not torch.allclose(expected["output"], untouched), "the change has no effect"
+    assert_equal(run(ours, x), expected)
+    assert_equal(run(ours.eval(), x), run(theirs.eval(), x))
+
+
+@every_kind
+def test_hooks_on_every_submodule(name):
+    seen = []
+    for package in (modules, reference):
+        layer = build(package, name).eval()
+        calls = {}
+        for path, module in layer.named_modules():
+            module.register_forward_hook(
+                lambda module, args, result, path=path, calls=calls: calls.setdefault(
+                    path, []
+                ).append(result.detach().clone())
+            )
+        layer(make_input(name))
+        seen.append(calls)
+    ours, theirs = seen
+    assert set(ours) == set(theirs)
+    for path, results in theirs.items():
+        assert len(ours[path]) == len(results) == 1, path
+        torch.testing.assert_close(ours[path][0], results[0], msg=path)
+
+
+@every_kind
+def test_global_hooks_see_every_submodule(name):
+    layer = build(modules, name)
+    seen = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
+    try:
+        layer(make_input(name))
+    finally:
+        handle.remove()
+    assert seen == set(layer.modules())
+
+
+@every_kind
+def test_sync_batch_norm_in_evaluation(name):
+    ours = nn.SyncBatchNorm.convert_sync_batchnorm(build(modules, name)).eval()
+    x = make_input(name)
+    torch.testing.assert_close(ours(x), build(reference, name).eval()(x))
+
+
+@pytest.mark.parametrize("name", ["cot", "coxt"])
+def test_norms_left_in_float32(name):
+    x = make_input(name, torch.bfloat16)
+    layers = [build(package, name, torch.bfloat16).eval() for package in (modules, reference)]
+    for layer in layers:
+        layer.embed[4].float()
+    ours, theirs = (layer(x) for layer in layers)
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+
+
+# --- tools ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backend", "training"),
+    [("aot_eager", True), ("aot_eager", False), ("inductor", True)],
+    ids=["aot_eager-train", "aot_eager-eval", "inductor-train"],
+)
+@every_kind
+def test_compile(name, backend, training):
+    torch._dynamo.reset()
+    x = make_input(name, torch.float32)
+    layer = build(modules, name, torch.float32).train(training)
+    expected = run(copy.deepcopy(layer), x)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+    actual = run(compiled, x)
+    for (key, value), other in zip(expected.items(), actual.values(), strict=True):
+        torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-3, msg=key)
+    n, c, h, w = x.shape
+    other = randn(n + 1, c, h + 3, w + 2, dtype=x.dtype)
+    other = other.contiguous(memory_format=torch.channels_last)
+    y = compiled(other)
+    assert_keeps_format(y, other, name)
+    torch.testing.assert_close(y, layer(other), rtol=1e-3, atol=1e-3)
+
+
+@every_kind
+def test_export_with_a_dynamic_map(name):
+    layer = build(modules, name).eval()
+    x = make_input(name)
+    dims = {0: torch.export.Dim("n"), 2: torch.export.Dim("h"), 3: torch.export.Dim("w")}
+    program = torch.export.export(layer, (x,), dynamic_shapes=(dims,))
+    for shape in ((1, x.shape[1], 5, 11), (7, x.shape[1], 12, 4)):
+        other = randn(*shape)
+        torch.testing.assert_close(program.module()(other), layer(other))
+
+
+@every_kind
+def test_deepcopy_and_pickle(name):
+    layer, x = build(modules, name).eval(), make_input(name)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), layer(x))
+        assert repr(twin) == repr(layer)
+
+
+@every_kind
+def test_to_another_dtype_and_meta(name):
+    layer = build(modules, name).eval()
+    assert layer.float()(make_input(name, torch.float32)).dtype == torch.float32
+    shape = LAYERS[name][2]
+    assert layer.to("meta")(torch.empty(shape, device="meta")).shape == shape
+
+
+def test_repr():
+    assert repr(modules.CoTAttention(16)).startswith("CoTAttention(\n  dim=16, kernel_size=3\n")
+    text = repr(modules.LocalConvolution(8, 8, 3, padding=1, pad_mode=1))
+    assert text == (
+        "LocalConvolution(8, 8, kernel_size=3, stride=1, padding=1, dilation=1, pad_mode=1)"
+    )
+
+
+# --- LocalConvolution and errors -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pad_mode", [0, 1])
+def test_local_convolution(pad_mode):
+    x, weight = randn(2, 6, 9, 8), randn(2, 2, 3, 15, 5, 4)
+    results = []
+    for package in (modules, reference):
+        layer = package.LocalConvolution(6, 6, (3, 5), 2, (1, 2), pad_mode=pad_mode)
+        leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+        y = layer(*leaves)
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not layer.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "make"),
+    [
+        (ValueError, "pad_mode must be 0", lambda: modules.LocalConvolution(8, 8, 3, pad_mode=2)),
+        (
+            ValueError,
+            "dim must be a positive multiple of 4, got 6",
+            lambda: modules.CoTAttention(6),
+        ),
+        (
+            ValueError,
+            "dim must be a positive multiple of 8, got 12",
+            lambda: modules.CotLayer(12, 3),
+        ),
+        (ValueError, "dim must be a positive multiple of 16", lambda: modules.CoXtLayer(24, 3)),
+        (ValueError, "dim must be a positive multiple of 8, got 0", lambda: modules.CotLayer(0, 3)),
+        (ValueError, "kernel_size must be a positive odd", lambda: modules.CotLayer(8, 4)),
+        (ValueError, "kernel_size must be a positive odd", lambda: modules.CoTAttention(8, -1)),
+        (TypeError, "dim must be an int, got 8.0", lambda: modules.CoTAttention(8.0)),
+        (TypeError, "kernel_size must be an int", lambda: modules.CotLayer(8, (3, 3))),
+    ],
+)
+def test_constructor_errors(error, message, make):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@every_kind
+def test_input_errors(name):
+    layer = build(modules, name)
+    c = LAYERS[name][2][1]
+    for shape in ((2, c + 1, 4, 4), (c, 4, 4), (2, 4, 4, c)):
+        with pytest.raises(ValueError, match=rf"input must be \[N, {c}, H, W\], got \["):
+            layer(randn(*shape))
+    with pytest.raises(TypeError, match="input must be a Tensor, got list"):
+        layer([1.0])
