@@ -1,7 +1,9 @@
-"""cotnet_ext: the operators and layers of Contextual Transformer networks (CoT, arXiv:2107.12292) as fused kernels.
+"""cotnet_ext: the operators and layers of Contextual Transformer networks (CoT, arXiv:2107.12292)
+as fused kernels.
 
-Functions are in :mod:`cotnet_ext.functional`, modules in :mod:`cotnet_ext.modules`, both re-exported here;
-:mod:`cotnet_ext.reference` specifies all of them in plain PyTorch, :mod:`cotnet_ext.compat` has the official names.
+Functions are in :mod:`cotnet_ext.functional`, modules in :mod:`cotnet_ext.modules`, both
+re-exported here; :mod:`cotnet_ext.reference` specifies all of them in plain PyTorch,
+:mod:`cotnet_ext.compat` has the official names.
 """
 
 import importlib
@@ -16,7 +18,7 @@ from .functional import (
     softmax_aggregation,
     spatial_softmax_gate,
 )
-from .modules import CotLayer, CoTAttention, CoXtLayer, LocalConvolution
+from .modules import CoTAttention, CotLayer, CoXtLayer, LocalConvolution
 
 __all__ = [
     "CoTAttention",

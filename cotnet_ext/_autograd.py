@@ -1,17 +1,18 @@
 """Derivatives: one ``torch.autograd.Function`` per operator.
 
-``local_aggregation`` is bilinear, and so are its two gradients; every derivative of the three is one of the three, so
-three kernels give derivatives of any order:
+``local_aggregation`` is bilinear, and so are its two gradients; every derivative of the three is
+one of the three, so three kernels give derivatives of any order:
 
     A(x, w)    local_aggregation               d/dx = X(g, w)    d/dw = W(g, x)
     X(g, w)    local_aggregation_grad_input    d/dg = A(a, w)    d/dw = W(g, a)
     W(g, x)    local_aggregation_grad_weight   d/dg = A(x, b)    d/dx = X(g, b)
 
-The other operators have one fused backward each. What is differentiated beyond that, a backward again or anything in
-forward mode, is the same function composed from the family and PyTorch's own operators (``composed_*``).
+The other operators have one fused backward each. What is differentiated beyond that, a backward
+again or anything in forward mode, is the same function composed from the family and PyTorch's own
+operators (``composed_*``).
 
-Each class's ``backward`` and ``setup_context`` are registered for the raw operator as well, so that a direct
-``torch.ops.cotnet_ext.*`` call and a compiled graph are differentiated by the same lines.
+Each class's ``backward`` and ``setup_context`` are registered for the raw operator as well, so that
+a direct ``torch.ops.cotnet_ext.*`` call and a compiled graph are differentiated by the same lines.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from . import _ops
 
 
 class _Leaf(tuple):
-    """A tuple that PyTorch's pytrees take for one leaf: a ``Function`` under ``vmap`` cannot be given nested ones."""
+    """A tuple that PyTorch's pytrees take for one leaf: a ``Function`` under ``vmap`` cannot be
+    given nested ones."""
 
     __slots__ = ()
 
 
 class _Function(Function):
-    """A ``Function`` whose ``apply`` does not bind its arguments to a signature first, which every call with
-    ``setup_context`` otherwise pays for with some 10 microseconds. All arguments are positional and have no defaults."""
+    """A ``Function`` whose ``apply`` does not bind its arguments to a signature first, which every
+    call with ``setup_context`` otherwise pays for with some 10 microseconds. All arguments are
+    positional and have no defaults."""
 
     generate_vmap_rule = True
 
@@ -54,7 +57,7 @@ def _sum(*terms: Tensor | None) -> Tensor | None:
     return sum(given[1:], given[0]) if given else None
 
 
-# ---- the bilinear family -----------------------------------------------------------------------------------------------
+# ---- the bilinear family -------------------------------------------------------------------------
 # A derivative that is absent stays None instead of becoming zeros, so that no kernel runs for it.
 
 
@@ -210,7 +213,7 @@ class LocalAggregationBackward(_Function):
         )
 
 
-# ---- fused operators, composed -----------------------------------------------------------------------------------------
+# ---- fused operators, composed -------------------------------------------------------------------
 
 
 def composed_softmax_aggregation(input, logits, *window):
@@ -218,8 +221,8 @@ def composed_softmax_aggregation(input, logits, *window):
 
 
 def composed_group_norm_aggregation(input, weight, norm_weight, norm_bias, eps, *window):
-    # Mean and variance by hand: torch.group_norm of a channels_last tensor has no second derivative, and its
-    # statistics lose all digits when the mean is large.
+    # Mean and variance by hand: torch.group_norm of a channels_last tensor has no second
+    # derivative, and its statistics lose all digits when the mean is large.
     _, g, cw, k, _, _ = weight.shape
     wide = weight if weight.dtype == torch.float64 else weight.float()
     centred = wide - wide.mean((3, 4, 5), keepdim=True)
@@ -247,7 +250,8 @@ def _second_order(
     asked: tuple[bool, ...],
     cotangents: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
-    """Gradients for (grad, *inputs) of the backward of ``composed``, of which the outputs in ``asked`` were computed."""
+    """Gradients for (grad, *inputs) of the backward of ``composed``, of which the outputs in
+    ``asked`` were computed."""
 
     def backward(grad, *inputs):
         grads = torch.func.vjp(composed, *inputs)[1](grad)
@@ -261,11 +265,12 @@ def _only(asked: tuple[bool, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | 
     return tuple(grad if wanted else None for grad, wanted in zip(grads, asked, strict=True))
 
 
-# ---- fused operators ---------------------------------------------------------------------------------------------------
+# ---- fused operators -----------------------------------------------------------------------------
 
 
 class SoftmaxAggregation(_Function):
-    """Saves input and logits; the probabilities are computed again where the backward needs them."""
+    """Saves input and logits; the probabilities are computed again where the backward needs
+    them."""
 
     @staticmethod
     def forward(input, logits, *window):
@@ -307,7 +312,8 @@ class SoftmaxAggregationBackward(_Function):
 
 
 class GroupNormAggregation(_Function):
-    """Saves input, weight and the statistics, [N, G*Cw] each. The statistics are no outputs to differentiate."""
+    """Saves input, weight and the statistics, [N, G*Cw] each. The statistics are no outputs to
+    differentiate."""
 
     @staticmethod
     def forward(input, weight, norm_weight, norm_bias, eps, *window):

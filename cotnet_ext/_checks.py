@@ -1,7 +1,8 @@
-"""Argument checks, output shapes and memory formats: one place for the functions, the fake kernels and their messages.
+"""Argument checks, output shapes and memory formats: one place for the functions, the fake kernels
+and their messages.
 
-Wrong types and dtypes raise ``TypeError``; wrong shapes, sizes, devices and modes raise ``ValueError``. Every message
-names the argument, what was expected and what came.
+Wrong types and dtypes raise ``TypeError``; wrong shapes, sizes, devices and modes raise
+``ValueError``. Every message names the argument, what was expected and what came.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
 
 
 def alike(optional: dict[str, Tensor | None] | None = None, /, **tensors: Tensor) -> None:
-    """All tensors are dense and floating, of one dtype and on one device that this build has kernels for."""
+    """All tensors are dense and floating, of one dtype and on one device that this build has
+    kernels for."""
     if optional:
         tensors.update((name, tensor) for name, tensor in optional.items() if tensor is not None)
     first_name = first = None
@@ -98,8 +100,9 @@ def device(name: str, tensor: Tensor) -> None:
     kind = tensor.device.type
     if kind == "cuda" and not _built_with_cuda():
         raise ValueError(
-            f"{name} is on {tensor.device}, but this build of cotnet_ext has CPU kernels only: reinstall it "
-            "with CUDA, `COTNET_EXT_CUDA=1 pip install --no-build-isolation .`, where torch is a CUDA build and nvcc is on PATH"
+            f"{name} is on {tensor.device}, but this build of cotnet_ext has CPU kernels only: "
+            "reinstall it with CUDA, `COTNET_EXT_CUDA=1 pip install --no-build-isolation .`, "
+            "where torch is a CUDA build and nvcc is on PATH"
         )
     if kind not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{name} must be on a cpu or cuda device, got {tensor.device}")
@@ -116,7 +119,8 @@ def aggregation(
     weight_name: str = "weight",
     optional: dict[str, Tensor | None] | None = None,
 ) -> tuple[int, int, int, int]:
-    """Checks input [N, C, H, W] against weight [N, G, Cw, K, Ho, Wo]; returns the output's shape [N, G*C, Ho, Wo]."""
+    """Checks input [N, C, H, W] against weight [N, G, Cw, K, Ho, Wo]; returns the output's shape
+    [N, G*C, Ho, Wo]."""
     alike(optional, input=input, **{weight_name: weight})
     if input.dim() != 4:
         raise ValueError(f"input must be [N, C, H, W], got {_shape(input)}")
@@ -130,7 +134,8 @@ def aggregation(
     wn, g, cw, k, wh, ww = weight.shape
     if wn != n or k != kh * kw or wh != ho or ww != wo or g < 1 or cw < 1 or c % cw != 0:
         raise ValueError(
-            f"{weight_name} must be [{n}, G, Cw, {kh * kw}, {ho}, {wo}] with Cw dividing {c}, got {_shape(weight)}"
+            f"{weight_name} must be [{n}, G, Cw, {kh * kw}, {ho}, {wo}] with Cw dividing {c}, "
+            f"got {_shape(weight)}"
         )
     return n, g * c, ho, wo
 
@@ -142,12 +147,13 @@ def _output_map(input: Tensor, window: Window) -> tuple[int, int]:
     wo = output_size(w, kernel[1], stride[1], padding[1], dilation[1])
     if ho < 1 or wo < 1:
         raise ValueError(
-            f"kernel_size {kernel} with dilation {dilation} must fit into input of {h}x{w} with padding {padding}, "
-            f"got an output of {max(ho, 0)}x{max(wo, 0)}"
+            f"kernel_size {kernel} with dilation {dilation} must fit into input of {h}x{w} "
+            f"with padding {padding}, got an output of {max(ho, 0)}x{max(wo, 0)}"
         )
     if mode == "reflect" and (padding[0] >= h or padding[1] >= w):
         raise ValueError(
-            f'padding must be smaller than the map with padding_mode="reflect", got {padding} for input of {h}x{w}'
+            'padding must be smaller than the map with padding_mode="reflect", '
+            f"got {padding} for input of {h}x{w}"
         )
     return ho, wo
 
@@ -187,7 +193,8 @@ def fusion_logits(dynamic: Tensor, logits: Tensor) -> None:
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """channels_last for maps strided that way, else contiguous: the format of every result (host/checks.cpp agrees)."""
+    """channels_last for maps strided that way, else contiguous: the format of every result
+    (host/checks.cpp agrees)."""
     if tensor.is_contiguous():
         return torch.contiguous_format
     sizes, strides = tensor.shape, tensor.stride()

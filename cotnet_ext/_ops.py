@@ -1,7 +1,8 @@
-"""The registered operators ``torch.ops.cotnet_ext.*``: loading the library, fake kernels and batching rules.
+"""The registered operators ``torch.ops.cotnet_ext.*``: loading the library, fake kernels and
+batching rules.
 
-The names below are the raw overloads: they check again in C++, allocate their outputs and compute. Fake kernels return
-what the real ones return, strides included.
+The names below are the raw overloads: they check again in C++, allocate their outputs and compute.
+Fake kernels return what the real ones return, strides included.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ try:
     from . import _C  # noqa: F401  (loading it registers the operators)
 except ImportError as error:
     raise ImportError(
-        f"cotnet_ext's compiled library could not be loaded under torch {torch.__version__}: {error}. It needs torch >= 2.10; "
-        "reinstall it in this environment with `pip install --no-build-isolation --force-reinstall --no-deps .`"
+        f"cotnet_ext's compiled library could not be loaded under torch {torch.__version__}: "
+        f"{error}. It needs torch >= 2.10; reinstall it in this environment with "
+        "`pip install --no-build-isolation --force-reinstall --no-deps .`"
     ) from error
 
 _ops = torch.ops.cotnet_ext
@@ -39,15 +41,16 @@ context_fusion_backward = _ops.context_fusion_backward.default
 
 
 def below_autograd(op: Callable, *args):
-    """Calls ``op`` where no gradient is recorded for it: skips the layer that ``register_autograd`` puts before every
-    call of the raw operator, half of the cost of a small one."""
+    """Calls ``op`` where no gradient is recorded for it: skips the layer that ``register_autograd``
+    puts before every call of the raw operator, half of the cost of a small one."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
 @functools.cache
 def build_info() -> dict[str, object]:
-    """What was compiled: version, CUDA (bool, version, architectures), oldest torch, compiler, vector width in use."""
+    """What was compiled: version, CUDA (bool, version, architectures), oldest torch, compiler,
+    vector width in use."""
     raw = dict(line.split("=", 1) for line in _ops.build_info().splitlines())
     return {
         "version": raw["version"],
@@ -60,7 +63,7 @@ def build_info() -> dict[str, object]:
     }
 
 
-# ---- fake kernels ----------------------------------------------------------------------------------------------------
+# ---- fake kernels --------------------------------------------------------------------------------
 
 
 def _empty(like: Tensor, shape: tuple[int, ...], memory_format: torch.memory_format) -> Tensor:
@@ -197,11 +200,12 @@ def _(grad, dynamic, static, logits, mask):
     return *maps, _masked(dynamic, mask[2], lambda: dynamic.new_empty(tuple(logits.shape)))
 
 
-# ---- batching: a vmapped dimension is more batch -----------------------------------------------------------------------
+# ---- batching: a vmapped dimension is more batch -------------------------------------------------
 
 
 def _fold_into_batch(op, info, in_dims, *args):
-    """Every map and weight starts with N, so a mapped dimension folds into it and one call serves all."""
+    """Every map and weight starts with N, so a mapped dimension folds into it and one call serves
+    all."""
     size = info.batch_size
 
     def fold(arg, dim):
@@ -225,7 +229,8 @@ def _fold_into_batch(op, info, in_dims, *args):
 
 
 def _fold_or_loop(op, info, in_dims, *args):
-    """Parameters of a norm have no batch dimension: where they, or their gradients, are mapped, one call per element."""
+    """Parameters of a norm have no batch dimension: where they, or their gradients, are mapped, one
+    call per element."""
     mapped_parameter = any(
         isinstance(arg, Tensor) and dim is not None and arg.dim() == 2
         for arg, dim in zip(args, in_dims, strict=True)

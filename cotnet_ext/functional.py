@@ -1,23 +1,27 @@
-"""The operators of CoT networks as functions: stateless, differentiable to any order, on CPU and CUDA.
+"""The operators of CoT networks as functions: stateless, differentiable to any order, on CPU and
+CUDA.
 
 What holds for all of them:
 
-* dtypes float64, float32, float16, bfloat16; sums are kept in float32 (float64 for float64) and the result has the
-  arguments' dtype. Under ``torch.autocast`` floating arguments other than float64 are cast to the autocast dtype first.
-* contiguous and ``channels_last`` maps run natively and the result keeps the first map's memory format; other strides
-  are accepted and copied.
-* reverse mode of any order, forward mode, ``torch.func`` transforms, ``torch.compile(fullgraph=True, dynamic=True)`` and
-  ``torch.export``. (A backward *of* a backward through ``torch.compile`` is refused by PyTorch's AOTAutograd.)
+* dtypes float64, float32, float16, bfloat16; sums are kept in float32 (float64 for float64) and the
+  result has the arguments' dtype. Under ``torch.autocast`` floating arguments other than float64
+  are cast to the autocast dtype first.
+* contiguous and ``channels_last`` maps run natively and the result keeps the first map's memory
+  format; other strides are accepted and copied.
+* reverse mode of any order, forward mode, ``torch.func`` transforms,
+  ``torch.compile(fullgraph=True, dynamic=True)`` and ``torch.export``. (A backward *of* a backward
+  through ``torch.compile`` is refused by PyTorch's AOTAutograd.)
 * the same bits on every run: nothing is summed in an order that depends on timing.
-* ``TypeError`` for a wrong type or dtype, ``ValueError`` for wrong shapes, sizes, devices or modes, raised before
-  anything is computed.
+* ``TypeError`` for a wrong type or dtype, ``ValueError`` for wrong shapes, sizes, devices or modes,
+  raised before anything is computed.
 
-Dimensions: N batch, C channels, G heads, Cw weight channels, K = kh*kw taps (row by row), H x W the input map,
-Ho x Wo the output map.
+Dimensions: N batch, C channels, G heads, Cw weight channels, K = kh*kw taps (row by row), H x W the
+input map, Ho x Wo the output map.
 
-Source: Li, Yao, Pan and Mei, "Contextual Transformer Networks for Visual Recognition", arXiv:2107.12292; the operators
-are those of its published code, JDAI-CV/CoTNet. ``local_aggregation`` goes back to Zhao, Jia and Koltun, "Exploring
-Self-attention for Image Recognition" (SAN), arXiv:2004.13621.
+Source: Li, Yao, Pan and Mei, "Contextual Transformer Networks for Visual Recognition",
+arXiv:2107.12292; the operators are those of its published code, JDAI-CV/CoTNet.
+``local_aggregation`` goes back to Zhao, Jia and Koltun, "Exploring Self-attention for Image
+Recognition" (SAN), arXiv:2004.13621.
 """
 
 from __future__ import annotations
@@ -56,8 +60,9 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _call(function: type, op: Callable, composed: Callable | None, *args):
-    """Picks the layer that this context differentiates: a compiled graph and code without gradients call the operator
-    itself, forward mode goes through the composition, everything else through the ``autograd.Function``."""
+    """Picks the layer that this context differentiates: a compiled graph and code without gradients
+    call the operator itself, forward mode goes through the composition, everything else through the
+    ``autograd.Function``."""
     if torch.compiler.is_compiling():
         return op(*args)
     if forward_ad._current_level >= 0:
@@ -84,17 +89,21 @@ def local_aggregation(
         y[n, g*C + c, i, j] = sum over (u, v) of
             weight[n, g, c % Cw, u*kw + v, i, j] * input[n, c, i*sh - ph + u*dh, j*sw - pw + v*dw]
 
-    A cross-correlation (no flip). Channels share weights interleaved: channel c uses weight channel ``c % Cw``.
+    A cross-correlation (no flip). Channels share weights interleaved: channel c uses weight channel
+    ``c % Cw``.
 
     Args:
         input: ``[N, C, H, W]``.
-        weight: ``[N, G, Cw, K, Ho, Wo]`` with Cw dividing C; a view of a convolution's ``[N, G*Cw*K, Ho, Wo]`` output
-            in either memory format is used as it is.
-        kernel_size, stride, padding, dilation: an int, or a pair (rows, columns). Any kernel size, odd or even.
-        padding_mode: ``"zeros"``, or ``"reflect"`` as :func:`torch.nn.functional.pad` reflects (padding < size).
+        weight: ``[N, G, Cw, K, Ho, Wo]`` with Cw dividing C; a view of a convolution's
+            ``[N, G*Cw*K, Ho, Wo]`` output in either memory format is used as it is.
+        kernel_size, stride, padding, dilation: an int, or a pair (rows, columns). Any kernel size,
+            odd or even.
+        padding_mode: ``"zeros"``, or ``"reflect"`` as :func:`torch.nn.functional.pad` reflects
+            (padding < size).
 
     Returns:
-        ``[N, G*C, Ho, Wo]``, heads outermost, with ``Ho = (H + 2*ph - dh*(kh - 1) - 1) // sh + 1`` and Wo alike.
+        ``[N, G*C, Ho, Wo]``, heads outermost, with ``Ho = (H + 2*ph - dh*(kh - 1) - 1) // sh + 1``
+        and Wo alike.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device or value is not as above.
@@ -119,10 +128,11 @@ def softmax_aggregation(
 
     .. code-block:: text
 
-        p[n, g, m, t, i, j] = exp(logits[n, g, m, t, i, j]) / sum over s of exp(logits[n, g, m, s, i, j])
+        p[n, g, m, t, i, j] = exp(logits[n, g, m, t, i, j])
+                              / sum over s of exp(logits[n, g, m, s, i, j])
 
-    The probabilities are never written to memory, forward or backward; ``input`` and ``logits`` are what is saved.
-    Large logits do not overflow and ``-inf`` is legal (weight 0).
+    The probabilities are never written to memory, forward or backward; ``input`` and ``logits`` are
+    what is saved. Large logits do not overflow and ``-inf`` is legal (weight 0).
 
     Args:
         input: ``[N, C, H, W]``.
@@ -165,12 +175,14 @@ def group_norm_aggregation(
 
     .. code-block:: text
 
-        w_hat[n, g, m, t, i, j] = (weight[n, g, m, t, i, j] - mean[n, g, m]) / sqrt(var[n, g, m] + eps)
+        w_hat[n, g, m, t, i, j] = (weight[n, g, m, t, i, j] - mean[n, g, m])
+                                  / sqrt(var[n, g, m] + eps)
                                   * norm_weight[(g*Cw + m)*K + t] + norm_bias[(g*Cw + m)*K + t]
 
-    that is :func:`torch.nn.functional.group_norm` with G*Cw groups on ``weight`` seen as ``[N, G*Cw*K, Ho, Wo]``: one
-    group is the K taps of one weight channel over the whole map. The normalised weights are never written to memory;
-    ``input``, ``weight`` and two numbers per group are what is saved.
+    that is :func:`torch.nn.functional.group_norm` with G*Cw groups on ``weight`` seen as
+    ``[N, G*Cw*K, Ho, Wo]``: one group is the K taps of one weight channel over the whole map. The
+    normalised weights are never written to memory; ``input``, ``weight`` and two numbers per group
+    are what is saved.
 
     Args:
         input: ``[N, C, H, W]``.
@@ -210,10 +222,11 @@ def spatial_softmax_gate(logits: Tensor, value: Tensor, static: Tensor) -> Tenso
 
     .. code-block:: text
 
-        y[n, c, i, j] = static[n, c, i, j] + softmax over (i, j) of logits[n, c] at (i, j) * value[n, c, i, j]
+        y[n, c, i, j] = static[n, c, i, j]
+                        + softmax over (i, j) of logits[n, c] at (i, j) * value[n, c, i, j]
 
-    The dynamic context of the plain ``CoTAttention``, joined with its static context. The probabilities are never
-    written to memory; ``logits`` and ``value`` are what is saved.
+    The dynamic context of the plain ``CoTAttention``, joined with its static context. The
+    probabilities are never written to memory; ``logits`` and ``value`` are what is saved.
 
     Args:
         logits, value, static: ``[N, C, H, W]``.
@@ -237,7 +250,8 @@ def spatial_softmax_gate(logits: Tensor, value: Tensor, static: Tensor) -> Tenso
 
 
 def context_fusion(dynamic: Tensor, static: Tensor, logits: Tensor) -> Tensor:
-    r"""Blends dynamic and static context, channel by channel: the radix-2 selection of the official CoT block.
+    r"""Blends dynamic and static context, channel by channel: the radix-2 selection of the official
+    CoT block.
 
     .. code-block:: text
 

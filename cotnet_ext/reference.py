@@ -37,7 +37,7 @@ def _one_dtype_under_autocast(function: Callable[..., Tensor]) -> Callable[..., 
     def call(*args, **kwargs) -> Tensor:
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         device = tensors[0].device.type if tensors else "cpu"
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
         dtype = torch.get_autocast_dtype(device)
 

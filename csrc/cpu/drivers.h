@@ -23,6 +23,26 @@ void for_units(const AggregationProblem& p, const Field& field, const Parallel& 
   });
 }
 
+// The same for NHWC maps: body(tiles, n, unit, band), with bands for `threads` threads. A unit is an image's part of the
+// weight channels there.
+template <class Field, class Parallel, class Body>
+void for_bands(const AggregationProblem& p, const Field& field, const Parallel& parallel, int64_t threads, const Body& body) {
+  using Tiles = NhwcTiles<Field>;
+  const int64_t bands = Tiles::bands(p, threads), units = Tiles::units(p), tasks = p.batch * units * bands;
+  const int64_t work = p.heads * p.channels * p.taps() * std::max(p.in_plane(), p.out_plane()) / (units * bands);
+  parallel(tasks, work, [&](int64_t begin, int64_t end) {
+    Tiles tiles(p, field, bands);
+    for (int64_t task = begin; task < end; ++task) body(tiles, task / bands / units, task / bands % units, task % bands);
+  });
+}
+
+// Either, by layout, for passes that are called alike.
+template <class Field, class Parallel, class Body>
+void for_tiles(const AggregationProblem& p, const Field& field, const Parallel& parallel, const Body& body) {
+  if (p.channels_last) for_bands(p, field, parallel, parallel.threads(), body);
+  else for_units(p, field, parallel, body);
+}
+
 // Sinks that write the gradient of plain weights, one per head.
 template <class scalar_t>
 auto plain_sinks(const AggregationProblem& p, int64_t n, int64_t m, scalar_t* grad_w) {

@@ -5,7 +5,10 @@
 #include "cpu/weights.h"
 #include "cpu/window_nchw.h"
 #include "cpu/aggregation_nchw.h"
+#include "cpu/window_nhwc.h"
+#include "cpu/aggregation_nhwc.h"
 #include "cpu/drivers.h"
+#include "cpu/group_norm_nhwc.h"
 
 // Vectors summed in acc_t before their sum moves into a double: keeps long sums as exact as short ones.
 constexpr int64_t kSumVectors = 256;
@@ -64,6 +67,7 @@ NormField<scalar_t> norm_field(const GroupNormOperands<scalar_t>& a) {
 template <class scalar_t, class Parallel>
 void group_norm_aggregation_forward(const AggregationProblem& p, const GroupNormOperands<scalar_t>& a, double eps, scalar_t* y,
                                     const Parallel& parallel) {
+  if (p.channels_last) return group_norm_forward_nhwc(p, a, eps, y, parallel);
   const int64_t size = p.taps() * p.out_plane();
   const auto statistics = [&](int64_t n, int64_t m) {
     for (int64_t g = 0; g < p.heads; ++g) {
@@ -177,6 +181,7 @@ template <class scalar_t, class Parallel>
 void group_norm_aggregation_backward(const AggregationProblem& p, const GroupNormOperands<scalar_t>& a, const scalar_t* grad_y,
                                      scalar_t* grad_x, scalar_t* grad_w, acc_t<scalar_t>* grad_gamma, acc_t<scalar_t>* grad_beta,
                                      const Parallel& parallel) {
+  if (p.channels_last) return group_norm_backward_nhwc(p, a, grad_y, grad_x, grad_w, grad_gamma, grad_beta, parallel);
   const bool weights = grad_w || grad_gamma || grad_beta;
   const auto row = [&](acc_t<scalar_t>* grads, int64_t group) { return grads ? grads + group * p.taps() : nullptr; };
   for_whole_units(p, norm_field(a), parallel, 1, [&](auto& tiles, int64_t n, int64_t m, int64_t begin, int64_t end) {

@@ -5,6 +5,8 @@
 #include "cpu/weights.h"
 #include "cpu/window_nchw.h"
 #include "cpu/aggregation_nchw.h"
+#include "cpu/window_nhwc.h"
+#include "cpu/aggregation_nhwc.h"
 #include "cpu/drivers.h"
 
 // Turns the gradient d of the probabilities into that of the logits, p_t * (d_t - sum over s of p_s * d_s), and writes it.
@@ -27,7 +29,7 @@ template <class scalar_t, class Parallel>
 void softmax_aggregation_forward(const AggregationProblem& p, const scalar_t* x, const scalar_t* logits, scalar_t* y,
                                  const Parallel& parallel) {
   const SoftmaxField<scalar_t> field{{logits}};
-  for_units(p, field, parallel, [&](auto& tiles, int64_t n, int64_t m, int64_t band) { tiles.forward(n, m, band, x, y); });
+  for_tiles(p, field, parallel, [&](auto& tiles, int64_t n, int64_t unit, int64_t band) { tiles.forward(n, unit, band, x, y); });
 }
 
 // Either gradient may be null.
@@ -35,6 +37,10 @@ template <class scalar_t, class Parallel>
 void softmax_aggregation_backward(const AggregationProblem& p, const scalar_t* grad_y, const scalar_t* x,
                                   const scalar_t* logits, scalar_t* grad_x, scalar_t* grad_logits, const Parallel& parallel) {
   const SoftmaxField<scalar_t> field{{logits}};
+  if (p.channels_last)
+    return for_bands(p, field, parallel, parallel.threads(), [&](auto& tiles, int64_t n, int64_t unit, int64_t band) {
+      tiles.backward(n, unit, band, x, grad_y, grad_x, grad_logits, SoftmaxGrads());
+    });
   for_units(p, field, parallel, [&](auto& tiles, int64_t n, int64_t m, int64_t band) {
     if (grad_logits) {
       const auto outs = plain_sinks(p, n, m, grad_logits);
