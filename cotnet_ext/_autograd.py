@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
@@ -213,11 +214,29 @@ class LocalAggregationBackward(_Function):
         )
 
 
-# ---- fused operators, composed -------------------------------------------------------------------
+# ---- operators, composed -------------------------------------------------------------------------
+
+
+def composed_local_aggregation(input, weight, *window):
+    if not torch.compiler.is_compiling():
+        return LocalAggregation.apply(input, weight, *window)
+    # A compiler can trace neither a Function's jvp nor forward mode through a registered operator:
+    # one shifted map per tap, in PyTorch's own operators.
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw), mode = window
+    _, _, cw, _, ho, wo = weight.shape
+    padded = F.pad(input, (pw, pw, ph, ph), mode="constant" if mode == "zeros" else mode)
+    total = 0
+    for u in range(kh):
+        for v in range(kw):
+            rows = slice(u * dh, u * dh + (ho - 1) * sh + 1, sh)
+            columns = slice(v * dw, v * dw + (wo - 1) * sw + 1, sw)
+            shifted = padded[:, :, rows, columns].unflatten(1, (-1, cw))
+            total = total + weight[:, :, None, :, u * kw + v] * shifted[:, None]
+    return total.flatten(1, 3)
 
 
 def composed_softmax_aggregation(input, logits, *window):
-    return LocalAggregation.apply(input, logits.softmax(3), *window)
+    return composed_local_aggregation(input, logits.softmax(3), *window)
 
 
 def composed_group_norm_aggregation(input, weight, norm_weight, norm_bias, eps, *window):
@@ -231,7 +250,7 @@ def composed_group_norm_aggregation(input, weight, norm_weight, norm_bias, eps, 
         normed = normed * norm_weight.view(g, cw, k, 1, 1)
     if norm_bias is not None:
         normed = normed + norm_bias.view(g, cw, k, 1, 1)
-    return LocalAggregation.apply(input, normed.to(weight.dtype), *window)
+    return composed_local_aggregation(input, normed.to(weight.dtype), *window)
 
 
 def composed_spatial_softmax_gate(logits, value, static):

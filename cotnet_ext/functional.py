@@ -59,14 +59,14 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
-def _call(function: type, op: Callable, composed: Callable | None, *args):
-    """Picks the layer that this context differentiates: a compiled graph and code without gradients
-    call the operator itself, forward mode goes through the composition, everything else through the
+def _call(function: type, op: Callable, composed: Callable, *args):
+    """Picks the layer that this context differentiates: forward mode the composition, a compiled
+    graph and code without gradients the operator itself, everything else the
     ``autograd.Function``."""
+    if forward_ad._current_level >= 0:
+        return composed(*args)
     if torch.compiler.is_compiling():
         return op(*args)
-    if forward_ad._current_level >= 0:
-        return (composed or function.apply)(*args)
     if torch.is_grad_enabled():
         return function.apply(*args)
     return _ops.below_autograd(op, *args)
@@ -111,7 +111,14 @@ def local_aggregation(
     input, weight = _autocast(input, weight)
     window = _checks.window(kernel_size, stride, padding, dilation, padding_mode)
     _checks.aggregation(input, weight, window)
-    return _call(_autograd.LocalAggregation, _ops.local_aggregation, None, input, weight, *window)
+    return _call(
+        _autograd.LocalAggregation,
+        _ops.local_aggregation,
+        _autograd.composed_local_aggregation,
+        input,
+        weight,
+        *window,
+    )
 
 
 def softmax_aggregation(
