@@ -110,7 +110,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("cotnet_ext_demo"),
+        default=Path("demo_output"),
         metavar="DIR",
         help="folder for the picture, made if missing (default: %(default)s)",
     )

@@ -159,8 +159,8 @@ def test_the_quick_demo_runs_without_a_terminal(tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "TERM": "dumb", "COLUMNS": "80"}
     environment.pop("DISPLAY", None)
     done = subprocess.run(
-        [sys.executable, "-m", "cotnet_ext.cli", "demo", "--quick", "--threads", "2"]
-        + ["--out", str(tmp_path)],
+        [sys.executable, "-m", "cotnet_ext.cli", "demo", "--quick", "--epochs", "1"]
+        + ["--threads", "2", "--out", str(tmp_path)],
         capture_output=True,
         text=True,
         env=environment,

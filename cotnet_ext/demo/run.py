@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from rich.table import Table
 
 from .. import modules, reference
 from . import digits, photographs, picture
-from .compare import CASES, FLOOR, MARGIN, Row, compare
+from .compare import CASES, FLOOR, MARGIN, Pair, Row, compare
 
 EPOCHS = 15
 QUICK_EPOCHS = 3
@@ -26,7 +28,7 @@ LEAST_ACCURACY = 0.97
 FIRST_EPOCH_DRIFT = 1e-4
 EPOCH_DRIFT = 0.02
 ACCURACY_DRIFT = 0.01
-PICTURE = "cotnet_ext_demo.png"
+PICTURE = "demo.png"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def run(options: Options, console: Console | None = None) -> bool:
     console = console or _console()
     if options.threads:
         torch.set_num_threads(options.threads)
-    note = f"torch {torch.__version__}, CPU, float32, {torch.get_num_threads()} threads"
+    note = f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32"
     console.print(f"[bold]cotnet_ext[/] demo: {note}\n")
 
     photos = photographs.load_photographs()
@@ -77,6 +79,17 @@ def _console() -> Console:
     """A log file has no width of its own, so there the table gets as much as it needs."""
     console = Console()
     return console if console.is_terminal else Console(width=132)
+
+
+def _processor() -> str:
+    """The name of the processor, as far as the system tells."""
+    try:
+        names = re.findall(
+            r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _progress(console: Console) -> Progress:
@@ -108,36 +121,40 @@ def _compare(photos: dict[str, torch.Tensor], options: Options, console: Console
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(
-        title="\nOn feature maps of real photographs, beside the reference in PyTorch",
-        caption="ref: reference, new: cotnet_ext. Times in ms, medians. Memory: peak of a training "
-        "step beyond its inputs, in MB.\nError: largest difference from the reference in float64, "
-        "in units of the largest entry, over outputs, gradients and statistics.\n",
+        title="\nOn feature maps of real photographs, beside the reference in plain PyTorch",
+        caption="Times are medians, of inference and of a training step. Memory is the peak of a "
+        "training step beyond its inputs.\nError is the largest difference from the reference in "
+        "float64, in units of the largest entry,\nover outputs, gradients and running "
+        "statistics.\n",
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
     )
-    table.add_column("module or function", no_wrap=True)
-    table.add_column("maps", no_wrap=True)
-    for heading in ("error\nnew", "\nref", "infer\nref", "\nnew", "speed\nup", "train\nref",
-                    "\nnew", "speed\nup", "memory\nref", "\nnew"):  # fmt: skip
-        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("\nfunction or module", no_wrap=True)
+    table.add_column("\nfeature maps", no_wrap=True)
+    for group in ("error", "infer ms", "train ms", "memory MB"):
+        table.add_column(f"{group}\nplain", justify="right", no_wrap=True)
+        table.add_column("\nours", justify="right", no_wrap=True)
+        if group != "error":
+            table.add_column("", justify="right", no_wrap=True)
     for row in rows:
         colour = "green" if row.passed else "bold red"
         table.add_row(
             row.name,
             row.size,
-            f"[{colour}]{row.error.ours:.0e}[/]",
             f"{row.error.reference:.0e}",
-            *_times(row.inference.reference, row.inference.ours),
-            *_times(row.training.reference, row.training.ours),
-            f"{row.memory.reference / 1e6:.1f}",
-            f"{row.memory.ours / 1e6:.1f}",
+            f"[{colour}]{row.error.ours:.0e}[/]",
+            *_beside(row.inference, 1e3),
+            *_beside(row.training, 1e3),
+            *_beside(row.memory, 1e-6),
         )
     return table
 
 
-def _times(theirs: float, ours: float) -> tuple[str, str, str]:
-    return f"{1e3 * theirs:.2f}", f"{1e3 * ours:.2f}", f"[bold]{theirs / ours:.1f}x[/]"
+def _beside(pair: Pair, unit: float) -> tuple[str, str, str]:
+    """The reference, ours, and how many times smaller ours is."""
+    ours, theirs = (f"{unit * value:.3g}" for value in (pair.ours, pair.reference))
+    return theirs, ours, f"[bold]{pair.ratio:.1f}x[/]"
 
 
 def _train(options: Options, console: Console) -> tuple[digits.Training, digits.Training]:
