@@ -86,7 +86,7 @@ def _rows(chosen: list[str], options: Options) -> Iterator[dict]:
 
 
 def _line(row: dict) -> str:
-    who = " ".join(filter(None, [row["provider"], row.get("dtype"), row.get("layout")]))
+    who = report.contender_name(row)
     if row["error"]:
         return f"{row['comparison']:<64} {who:<36} {row['error']}"
     ratio = row.get("ratio")

@@ -30,6 +30,10 @@ def write(path: Path) -> list[Path]:
     return [page, picture]
 
 
+def contender_name(row: dict) -> str:
+    return " ".join(filter(None, [row["provider"], row.get("dtype"), row.get("layout")]))
+
+
 def newest(rows: list[dict]) -> list[dict]:
     """Of each comparison its last run, among the runs made like the last one."""
     rows = [row for row in rows if all(row.get(k) == rows[-1].get(k) for k in SETTING)]
@@ -78,7 +82,9 @@ def _heading(rows: list[dict]) -> str:
 
 def _failures(rows: list[dict]) -> str:
     lines = [
-        f"- {row['comparison']}: {row['provider']}: {row['error']}" for row in rows if row["error"]
+        f"- {row['comparison']}, {contender_name(row)}: {row['error']}"
+        for row in rows
+        if row["error"]
     ]
     return "## Errors: not timed\n\n" + "\n".join(lines) if lines else ""
 

@@ -3,12 +3,14 @@
 Drop-in for the originals: the constructors, the `state_dict` keys and the numbers in training and
 evaluation are those of `cotnet_ext.reference`, and the same seed initialises the same parameters.
 Nothing is computed here that is not a submodule, a function of `cotnet_ext.functional` or a 1x1
-convolution; the layers are faster because of three identities.
+convolution; the layers are faster because of four identities.
 
 * A 1x1 convolution of concatenated maps is the sum of 1x1 convolutions of the maps with the
   matching columns of the weight: nothing is concatenated.
 * The mean over k*k output channels of a 1x1 convolution is a 1x1 convolution with averaged
   weights: the `k*k*dim` channels of `CoTAttention` never exist.
+* A BatchNorm in evaluation is a factor and a shift per channel, which the convolution before it can
+  apply with its weight: where no gradient is recorded, the normalisation is no pass of its own.
 * GroupNorm followed by the aggregation is `group_norm_aggregation`: the normalised weights never
   exist.
 
@@ -16,6 +18,8 @@ A submodule that was replaced, parametrized or given hooks is called as it is; s
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +79,56 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
+def _is_foldable(norm: nn.Module, weight: Tensor) -> bool:
+    """Whether `norm` may be folded into the convolution with `weight` before it.
+
+    Only in evaluation without gradients, so that what is recorded or traced is what the modules
+    say, and in the full dtypes, where rounding the product of weight and factor loses nothing.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and _is_plain(norm, nn.BatchNorm2d)
+        and not norm.training
+        and norm.running_mean is not None
+        and weight.dtype == norm.running_mean.dtype
+        and weight.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled(weight.device.type)
+    )
+
+
+def _fold(norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight `[O, ...]` and bias `[O]` of a convolution that does what `norm` did after it."""
+    factor = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight
+    shift = -norm.running_mean if bias is None else bias - norm.running_mean
+    shift = shift * factor if norm.bias is None else torch.addcmul(norm.bias, shift, factor)
+    return weight * factor.view(-1, *(1,) * (weight.dim() - 1)), shift
+
+
+def _embed_key(embed: nn.Module, input: Tensor) -> Tensor:
+    """`embed(input)` for a convolution, a BatchNorm and a ReLU."""
+    if _is_plain_sequence(embed, 3):
+        conv, norm, act = embed
+        plain = _is_plain(conv, nn.Conv2d) and _is_plain(act, nn.ReLU)
+        if plain and conv.padding_mode == "zeros" and _is_foldable(norm, conv.weight):
+            weight, bias = _fold(norm, conv.weight, conv.bias)
+            window = (conv.stride, conv.padding, conv.dilation, conv.groups)
+            return F.conv2d(input, weight, bias, *window).relu_()
+    return embed(input)
+
+
+def _embed_value(embed: nn.Module, input: Tensor, groups: int) -> Tensor:
+    """`embed(input)` for a 1x1 convolution and a BatchNorm."""
+    if _is_plain_sequence(embed, 2) and _is_plain_pointwise(embed[0], groups):
+        conv, norm = embed
+        if _is_foldable(norm, conv.weight):
+            weight, bias = _fold(norm, conv.weight.flatten(1), conv.bias)
+            return _pointwise([input], [weight], bias, groups)
+    return embed(input)
+
+
 def _pointwise(
     maps: list[Tensor], weights: list[Tensor], bias: Tensor | None = None, groups: int = 1
 ) -> Tensor:
@@ -118,6 +172,21 @@ def _product_per_image(
         weight = weight.unflatten(0, (groups, -1)).expand(n, -1, -1, -1).flatten(0, 1)
         total = weight.bmm(pixels) if total is None else torch.baddbmm(total, weight, pixels)
     return total.view(n, weights[0].shape[0], h, w)
+
+
+def _join(
+    maps: list[Tensor],
+    conv: nn.Conv2d,
+    norm: nn.Module,
+    act: nn.Module,
+    split: Callable[[Tensor], list[Tensor]],
+) -> Tensor:
+    """`act(norm(conv(all maps side by side)))`; `split` gives each map its columns of a weight."""
+    weight = conv.weight.flatten(1)
+    if _is_foldable(norm, weight) and _is_plain(act, nn.ReLU):
+        weight, bias = _fold(norm, weight, conv.bias)
+        return _pointwise(maps, split(weight), bias, conv.groups).relu_()
+    return act(norm(_pointwise(maps, split(weight), conv.bias, conv.groups)))
 
 
 def _check_sizes(dim: int, kernel_size: int, multiple: int) -> None:
@@ -254,6 +323,10 @@ class CoTAttention(nn.Module):
         weight = last.weight.view(self.dim, taps, -1).mean(1)
         bias = None if last.bias is None else last.bias.view(self.dim, taps).mean(1)
         return _pointwise([hidden], [weight], bias)
+
+    def _split(self, weight: Tensor) -> list[Tensor]:
+        """The columns of the weight of `attention_embed[0]` for static, and those for the input."""
+        return [weight[:, : self.dim], weight[:, self.dim :]]
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, kernel_size={self.kernel_size}"
@@ -442,13 +515,11 @@ class CoXtLayer(_ContextualLayer):
 
 def _swap_blocks(x: Tensor, outer: int, inner: int) -> Tensor:
     """Channels `(outer, inner, rest)` of a map reordered to `(inner, outer, rest)`, same layout."""
-    channels_last = x.stride(1) == 1
     if torch.compiler.is_compiling():
-        # No view: inductor fails to save one with symbolic strides for the backward.
-        channels = torch.arange(x.shape[1], device=x.device).view(outer, inner, -1)
-        swapped = x.index_select(1, channels.transpose(0, 1).flatten())
-        return swapped.contiguous(memory_format=torch.channels_last) if channels_last else swapped
-    if channels_last:
+        # No view here: inductor fails to save one with symbolic strides for the backward.
+        blocks = x.chunk(outer * inner, dim=1)
+        return torch.cat([blocks[i + o * inner] for i in range(inner) for o in range(outer)], dim=1)
+    if x.stride(1) == 1:
         rows = x.permute(0, 2, 3, 1).unflatten(3, (outer, inner, -1)).transpose(3, 4)
         return rows.flatten(3).permute(0, 3, 1, 2)
     return x.unflatten(1, (outer, inner, -1)).transpose(1, 2).flatten(1, 3)

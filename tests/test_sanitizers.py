@@ -72,7 +72,9 @@ def test_kernels(sanitized):
     assert Path(where.stdout.strip()).is_relative_to(sanitized), where.stderr
 
     files = [ROOT / "tests" / name for name in FILES]
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "-k", SELECTION]
+    # Capture in Python only: what a sanitizer says before it ends the process must get out.
+    options = ["-q", "-x", "-k", SELECTION, "--capture=sys", "-p", "no:cacheprovider"]
+    options += ["-c", ROOT / "pyproject.toml"]
     done = run_sanitized(sanitized, "-m", "pytest", *options, *files)
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-8000:]}"
     assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= AT_LEAST

@@ -59,7 +59,8 @@ class Row:
 
     @property
     def size(self) -> str:
-        return " x ".join(str(length) for length in self.shape)
+        """C x H x W, as text."""
+        return " x ".join(str(length) for length in self.shape[1:])
 
     @property
     def passed(self) -> bool:

@@ -213,7 +213,7 @@ def _draw_accuracies(axes: Axes, ours: Training, theirs: Training) -> None:
 
 def _draw_speedups(axes: Axes, rows: Sequence[Row]) -> None:
     _plain(axes)
-    _title(axes, "Times as fast as the reference", "on feature maps")
+    _title(axes, "Times as fast as the reference", f"batch {rows[0].shape[0]}")
     places = torch.arange(len(rows)).numpy()
     labels = [f"{row.name}\n{row.size}" for row in rows]
     for shift, colour, label, values in (

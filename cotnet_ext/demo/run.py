@@ -29,6 +29,7 @@ FIRST_EPOCH_DRIFT = 1e-4
 EPOCH_DRIFT = 0.02
 ACCURACY_DRIFT = 0.01
 PICTURE = "demo.png"
+TABLE_WIDTH = 118
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def run(options: Options, console: Console | None = None) -> bool:
 
     photos = photographs.load_photographs()
     rows = _compare(photos, options, console)
-    console.print(_table(rows))
+    _print_wide(console, _table(rows))
     theirs, ours = _train(options, console)
     path = options.out / PICTURE
     attention = picture.attention_on(photos["china"], ours.network)
@@ -76,9 +77,17 @@ def run(options: Options, console: Console | None = None) -> bool:
 
 
 def _console() -> Console:
-    """A log file has no width of its own, so there the table gets as much as it needs."""
+    """A log file has no width of its own: lines there get as much as they need."""
     console = Console()
-    return console if console.is_terminal else Console(width=132)
+    return console if console.is_terminal else Console(width=TABLE_WIDTH)
+
+
+def _print_wide(console: Console, table: Table) -> None:
+    """Rather wraps lines in a narrow terminal than cuts figures short."""
+    width = console.width
+    console.width = max(width, TABLE_WIDTH)
+    console.print(table)
+    console.width = width
 
 
 def _processor() -> str:
@@ -121,7 +130,7 @@ def _compare(photos: dict[str, torch.Tensor], options: Options, console: Console
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(
-        title="\nOn feature maps of real photographs, beside the reference in plain PyTorch",
+        title=f"\nOn feature maps of photographs, batch {rows[0].shape[0]}, beside plain PyTorch",
         caption="Times are medians, of inference and of a training step. Memory is the peak of a "
         "training step beyond its inputs.\nError is the largest difference from the reference in "
         "float64, in units of the largest entry,\nover outputs, gradients and running "
@@ -129,13 +138,14 @@ def _table(rows: Sequence[Row]) -> Table:
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
+        padding=0,
     )
     table.add_column("\nfunction or module", no_wrap=True)
     table.add_column("\nfeature maps", no_wrap=True)
-    for group in ("error", "infer ms", "train ms", "memory MB"):
+    for group in (" error", "infer ms", "train ms", "memory MB"):
         table.add_column(f"{group}\nplain", justify="right", no_wrap=True)
         table.add_column("\nours", justify="right", no_wrap=True)
-        if group != "error":
+        if "error" not in group:
             table.add_column("", justify="right", no_wrap=True)
     for row in rows:
         colour = "green" if row.passed else "bold red"
