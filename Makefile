@@ -46,8 +46,9 @@ clean:  ## Remove everything that was built, and the virtual environment
 # The package is installed in place: edits of Python files need no second install, edits of C++ files
 # cause one, which compiles the changed files only.
 $(VENV)/ready: $(VENV)/torch $(INPUTS)
+	@touch $@.since  # what is edited from here on needs another turn
 	$(PIP) install --editable '.[dev]'
-	@touch $@
+	@mv $@.since $@
 
 # The .pth file lends the environment what $(PYTHON) has installed, if there is a torch among it.
 $(VENV)/torch: $(VENV)/wanted

@@ -62,8 +62,9 @@ def _contenders(case: Case, shape: Shape, options: Options) -> list[Contender]:
 def _build(kind: Callable[[int, int], nn.Module], shape: Shape, device: str) -> nn.Module:
     """A module whose norms are not the identity they start as."""
     torch.manual_seed(0)
-    module = kind(shape.channels, shape.kernel_size)
+    with torch.device(device):
+        module = kind(shape.channels, shape.kernel_size)
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if name.endswith(("running_mean", "running_var")) or tensor.dim() == 1:
             nn.init.uniform_(tensor, 0.5, 1.5)
-    return module.to(device)
+    return module

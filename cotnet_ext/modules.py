@@ -298,8 +298,10 @@ class CoTAttention(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         _check_map(input, self.dim)
         static = self.key_embed(input)
+        logits = self._logits(static, input)
+        # Last, so that the backward is done with it before it starts on the longer branch.
         value = _run(self.value_embed, input)
-        return spatial_softmax_gate(self._logits(static, input), value, static)
+        return spatial_softmax_gate(logits, value, static)
 
     def _logits(self, static: Tensor, input: Tensor) -> Tensor:
         """`attention_embed` of both maps, averaged over its k*k outputs per channel."""

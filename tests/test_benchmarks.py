@@ -242,11 +242,12 @@ def test_every_figure_names_a_row_that_a_full_run_writes(monkeypatch):
             for c in comparison.contenders
         ]
 
+    monkeypatch.setattr("benchmarks.bench_overhead.child_python", lambda code: "0.1")
     rows = []
     for name in names():
         module = importlib.import_module(f"benchmarks.bench_{name}")
         monkeypatch.setattr(module, "measure", describe)
-        rows += module.rows(Options())
+        rows += module.rows(Options(device="meta"))
     missing = [f for f in figures.figures() if f.judge(rows)[1] == figures.ABSENT]
     assert not missing
 
