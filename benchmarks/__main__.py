@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
 import pkgutil
 import sys
 from collections.abc import Iterator
@@ -101,8 +102,8 @@ def _line(row: dict) -> str:
 
 
 # glibc gives large freed blocks back to the system, and every result then costs a page fault per
-# 4 KB: half of the time of a call that writes at the speed of memory, for any contender. Servers and
-# trainers run with an allocator that keeps its memory; these settings make glibc do the same.
+# 4 KB: half of the time of a call that writes at the speed of memory, for any contender. Programs
+# that run for long use an allocator that keeps its memory; these settings make glibc do the same.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
