@@ -68,17 +68,6 @@ def _is_plain_pointwise(module: nn.Module, groups: int | None = None) -> bool:
     )
 
 
-def _run(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, with the plain 1x1 convolutions in it as `_pointwise`."""
-    if _is_plain_pointwise(module):
-        return _pointwise([x], [module.weight.flatten(1)], module.bias, module.groups)
-    if not _is_plain(module, nn.Sequential):
-        return module(x)
-    for part in module:
-        x = _run(part, x)
-    return x
-
-
 def _is_foldable(norm: nn.Module, weight: Tensor) -> bool:
     """Whether `norm` may be folded into the convolution with `weight` before it.
 
@@ -107,26 +96,31 @@ def _fold(norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor | None) -> tuple[Te
     return weight * factor.view(-1, *(1,) * (weight.dim() - 1)), shift
 
 
-def _embed_key(embed: nn.Module, input: Tensor) -> Tensor:
-    """`embed(input)` for a convolution, a BatchNorm and a ReLU."""
-    if _is_plain_sequence(embed, 3):
-        conv, norm, act = embed
-        plain = _is_plain(conv, nn.Conv2d) and _is_plain(act, nn.ReLU)
-        if plain and conv.padding_mode == "zeros" and _is_foldable(norm, conv.weight):
-            weight, bias = _fold(norm, conv.weight, conv.bias)
-            window = (conv.stride, conv.padding, conv.dilation, conv.groups)
-            return F.conv2d(input, weight, bias, *window).relu_()
-    return embed(input)
+def _run(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`, with 1x1 convolutions as `_pointwise` and BatchNorms folded where they may be."""
+    if _is_plain_pointwise(module):
+        return _convolve(module, None, x)
+    if not _is_plain(module, nn.Sequential):
+        return module(x)
+    parts = list(module)
+    while parts:
+        part = parts.pop(0)
+        if not _is_plain(part, nn.Conv2d) or part.padding_mode != "zeros":
+            x = part(x)
+            continue
+        folds = bool(parts) and _is_foldable(parts[0], part.weight)
+        x = _convolve(part, parts.pop(0) if folds else None, x)
+    return x
 
 
-def _embed_value(embed: nn.Module, input: Tensor, groups: int) -> Tensor:
-    """`embed(input)` for a 1x1 convolution and a BatchNorm."""
-    if _is_plain_sequence(embed, 2) and _is_plain_pointwise(embed[0], groups):
-        conv, norm = embed
-        if _is_foldable(norm, conv.weight):
-            weight, bias = _fold(norm, conv.weight.flatten(1), conv.bias)
-            return _pointwise([input], [weight], bias, groups)
-    return embed(input)
+def _convolve(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, x: Tensor) -> Tensor:
+    """A plain convolution, and `norm` folded into it."""
+    weight, bias = conv.weight, conv.bias
+    if norm is not None:
+        weight, bias = _fold(norm, weight, bias)
+    if _is_plain_pointwise(conv):
+        return _pointwise([x], [weight.flatten(1)], bias, conv.groups)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _pointwise(
@@ -297,7 +291,7 @@ class CoTAttention(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         _check_map(input, self.dim)
-        static = self.key_embed(input)
+        static = _run(self.key_embed, input)
         logits = self._logits(static, input)
         # Last, so that the backward is done with it before it starts on the longer branch.
         value = _run(self.value_embed, input)
@@ -312,12 +306,9 @@ class CoTAttention(nn.Module):
             return logits.unflatten(1, (self.dim, taps)).mean(2)
         join, norm, act, last = embed
         if _is_plain_pointwise(join, groups=1):
-            weight = join.weight.flatten(1)
-            parts = [weight[:, : self.dim], weight[:, self.dim :]]
-            hidden = _pointwise([static, input], parts, join.bias)
+            hidden = _join([static, input], join, norm, act, self._split)
         else:
-            hidden = join(torch.cat((static, input), dim=1))
-        hidden = act(norm(hidden))
+            hidden = act(norm(join(torch.cat((static, input), dim=1))))
         if not _is_plain_pointwise(last, groups=1):
             return last(hidden).unflatten(1, (self.dim, taps)).mean(2)
         # Output channel c*k*k + t is tap t of channel c. The bias cancels in the softmax over the
@@ -383,7 +374,7 @@ class _ContextualLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         _check_map(input, self.dim)
-        static = self.key_embed(input)
+        static = _run(self.key_embed, input)
         value = _run(self.conv1x1, input)
         dynamic = self.act(self.bn(self._aggregate(value, input, static)))
         # The mean of the sum, without the sum.
@@ -398,11 +389,10 @@ class _ContextualLayer(nn.Module):
             return self._apply_local(value, embed(self._concatenate(input, static)))
         join, norm, act, expand, group_norm = embed
         if _is_plain_pointwise(join, self._groups):
-            parts = self._split(join.weight.flatten(1))
-            hidden = _pointwise([input, static], parts, join.bias, self._groups)
+            hidden = _join([input, static], join, norm, act, self._split)
         else:
-            hidden = join(self._concatenate(input, static))
-        weight = _run(expand, act(norm(hidden)))
+            hidden = act(norm(join(self._concatenate(input, static))))
+        weight = _run(expand, hidden)
         if not _is_plain(local, LocalConvolution) or not self._is_fusable(group_norm, weight):
             return self._apply_local(value, group_norm(weight))
         return self._apply_fused(value, weight, group_norm)
