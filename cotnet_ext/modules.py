@@ -97,7 +97,7 @@ def _fold(norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor | None) -> tuple[Te
 
 
 def _run(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, with 1x1 convolutions as `_pointwise` and BatchNorms folded where they may be."""
+    """`module(x)`, with 1x1 convolutions as `_pointwise` and BatchNorms folded where allowed."""
     if _is_plain_pointwise(module):
         return _convolve(module, None, x)
     if not _is_plain(module, nn.Sequential):
