@@ -5,39 +5,41 @@
 constexpr int64_t kStripBytes = 16 * 1024;    // weights of a strip: with the rows of the window in the first-level cache
 constexpr int64_t kMaxStrip = 16;             // pixels; enough for stores to have left for the cache before they are loaded
 constexpr int64_t kPrefetchBytes = 4 * 1024;  // weights are asked for this early: hardware stops at the end of a page
-constexpr int64_t kTasksPerThread = 2;
 
-// Neighbouring output pixels of one row with the weights of one head, [count][K][row]: element (i, t, m) of each array is
-// at (i*taps + t)*row + m for m < part; what lies between part and row is finite filling.
+// Neighbouring output pixels of one row with the weights of one head, [groups][K][row]. Where pixels share rows, lane
+// i*Cw + m of a group's row is weight m of its i-th pixel; otherwise a group is a pixel and lane m is weight m. Lanes from
+// `width` on are filling, finite wherever the tensors are; the gradients of pixels past the end of the row are zero.
 template <class acc>
 struct Strip {
   int64_t head;
-  int64_t channel;  // the unit's first, in [G*Cw]
-  int64_t count;
+  int64_t count;   // pixels
+  int64_t groups;
   int64_t taps;
-  int64_t part;
+  int64_t width;
   int64_t row;
   const acc* raw;      // the weights as they are in memory
   const acc* weights;  // transformed
   acc* grads;          // gradient of the transformed weights
+
+  int64_t size() const { return groups * taps * row; }
 };
 
 // What happens to a strip's gradients before they are written: nothing, where the weights are plain.
 struct KeepGrads {
   static constexpr bool kReadsWeights = false;
   template <class acc>
-  void operator()(const Strip<acc>&) const {}
+  void operator()(const Strip<acc>&) {}
 };
 
 // From the gradient d of probabilities to that of their logits: p_t * (d_t - sum over s of p_s * d_s).
 struct SoftmaxGrads {
   static constexpr bool kReadsWeights = true;
   template <class acc>
-  void operator()(const Strip<acc>& s) const {
-    for (int64_t i = 0; i < s.count; ++i)
-      for (int64_t m = 0; m < s.part; m += kLanes<acc>) {
-        const acc* const p = s.weights + i * s.taps * s.row + m;
-        acc* const d = s.grads + i * s.taps * s.row + m;
+  void operator()(const Strip<acc>& s) {
+    for (int64_t group = 0; group < s.size(); group += s.taps * s.row)
+      for (int64_t m = 0; m < s.width; m += kLanes<acc>) {
+        const acc* const p = s.weights + group + m;
+        acc* const d = s.grads + group + m;
         Vec<acc> mean = {};
         for (int64_t t = 0; t < s.taps; ++t) mean += load(p + t * s.row) * load(d + t * s.row);
         for (int64_t t = 0; t < s.taps; ++t) store(d + t * s.row, load(p + t * s.row) * (load(d + t * s.row) - mean));
@@ -46,19 +48,19 @@ struct SoftmaxGrads {
 };
 
 // ---- sources of weights ------------------------------------------------------------------------------------------
-// What turns one pixel's staged weights into those of the window. Plain weights are what they are.
+// What turns staged weights [K][row] into those of the window. Plain weights are what they are.
 
-// Fills a table [2][K][row] for head g and weight channels first, first + 1, ... of image n.
+// Fills a table [2][K][row] for head g of image n.
 template <class Field, class acc>
-void prepare_rows(const Field&, const AggregationProblem&, const ChannelLayout&, int64_t, int64_t, int64_t, acc*) {}
+void prepare_rows(const Field&, const AggregationProblem&, const ChannelLayout&, int64_t, int64_t, acc*) {}
 
 // Scale and shift of GroupNorm.
 template <class scalar_t, class acc>
 void prepare_rows(const NormField<scalar_t>& field, const AggregationProblem& p, const ChannelLayout& l, int64_t n, int64_t g,
-                  int64_t first, acc* table) {
+                  acc* table) {
   const int64_t taps = p.taps();
   for (int64_t m = 0; m < l.used; ++m) {
-    const int64_t channel = g * p.weight_channels + first + m % l.part, group = p.group(n, 0, 0) + channel;
+    const int64_t channel = g * l.weights + m % l.weights, group = p.group(n, g, m % l.weights);
     for (int64_t t = 0; t < taps; ++t) {
       const acc scale = field.gamma ? field.rstd[group] * widen(field.gamma[channel * taps + t]) : field.rstd[group];
       table[t * l.row + m] = scale;
@@ -67,26 +69,28 @@ void prepare_rows(const NormField<scalar_t>& field, const AggregationProblem& p,
   }
 }
 
-// weights [K][row] from raw [K][row].
 template <class scalar_t, class acc>
 void transform_rows(const SoftmaxField<scalar_t>&, const ChannelLayout& l, int64_t taps, const acc* raw, const acc*, acc* weights) {
+  const int64_t row = l.row;
   for (int64_t m = 0; m < l.used; m += kLanes<acc>) {
     Vec<acc> top = load(raw + m), sum = {};
-    for (int64_t t = 1; t < taps; ++t) top = maximum(top, load(raw + t * l.row + m));
+    for (int64_t t = 1; t < taps; ++t) top = maximum(top, load(raw + t * row + m));
     for (int64_t t = 0; t < taps; ++t) {
-      const Vec<acc> chance = exponential(load(raw + t * l.row + m) - top);
+      const Vec<acc> chance = exponential(load(raw + t * row + m) - top);
       sum += chance;
-      store(weights + t * l.row + m, chance);
+      store(weights + t * row + m, chance);
     }
     const Vec<acc> scale = acc(1) / sum;
-    for (int64_t t = 0; t < taps; ++t) store(weights + t * l.row + m, load(weights + t * l.row + m) * scale);
+    for (int64_t t = 0; t < taps; ++t) store(weights + t * row + m, load(weights + t * row + m) * scale);
   }
 }
 template <class scalar_t, class acc>
 void transform_rows(const NormField<scalar_t>&, const ChannelLayout& l, int64_t taps, const acc* raw, const acc* table, acc* weights) {
-  for (int64_t i = 0; i < taps * l.row; i += kLanes<acc>)
-    store(weights + i, load(raw + i) * load(table + i) + load(table + taps * l.row + i));
+  const int64_t size = taps * l.row;
+  for (int64_t i = 0; i < size; i += kLanes<acc>) store(weights + i, load(raw + i) * load(table + i) + load(table + size + i));
 }
+
+// ---- bands -------------------------------------------------------------------------------------------------------
 
 struct Rows {
   int64_t begin, end;
@@ -94,6 +98,23 @@ struct Rows {
   bool holds(int64_t i) const { return i >= begin && i < end; }
   int64_t clamp(int64_t i) const { return std::clamp(i, begin, end); }
 };
+
+inline Rows rows_of_band(int64_t height, int64_t bands, int64_t band) {
+  const int64_t rows = ceil_div(height, bands);
+  return {std::min(band * rows, height), std::min(band * rows + rows, height)};
+}
+
+// How many bands an image is cut into: what keeps the busiest of `threads` threads shortest, where the backward pass does
+// about half the work of a row on each of the extent() rows that a band reads beyond its own.
+inline int64_t count_bands(const AggregationProblem& p, int64_t threads, int64_t most_rows) {
+  const int64_t height = std::max(p.rows.in, p.rows.out);
+  int64_t best = height, least_work = std::numeric_limits<int64_t>::max();
+  for (int64_t bands = ceil_div(height, most_rows); bands <= std::min(height, std::max(threads, ceil_div(height, most_rows))); ++bands) {
+    const int64_t work = ceil_div(p.batch * bands, threads) * (2 * ceil_div(height, bands) + p.rows.extent());
+    if (work < least_work) best = bands, least_work = work;
+  }
+  return best;
+}
 
 // Scratch and layout of one thread for one call.
 template <class Field>
@@ -103,48 +124,34 @@ class NhwcTiles {
   using acc = acc_t<scalar_t>;
 
   NhwcTiles(const AggregationProblem& problem, const Field& field, int64_t bands)
-      : p_(problem), field_(field), l_(channel_layout<scalar_t>(problem)), bands_(bands), strip_(strip_pixels()),
+      : p_(problem), field_(field), l_(channel_layout<acc>(problem)), bands_(bands), strip_(strip_pixels()),
         arena_(elements()), offsets_(new int64_t[size_t(3 * p_.taps())]), staged_(new int64_t[size_t(ring_rows())]) {
-    const int64_t rows = p_.taps() * l_.row;
     sums_ = arena_.take(sum_rows() * sum_row_);
     ring_ = take(ring_rows() * ring_row());
-    line_ = take(p_.taps() * l_.part);
-    raw_ = take(strip_ * rows);
-    weights_ = kPlain ? raw_ : take(strip_ * rows);
-    grads_ = take(strip_ * rows);
-    tables_ = take(kPlain ? 0 : 2 * p_.heads * rows);
+    line_ = take(l_.together * run_);
+    raw_ = take(strip_ / l_.together * rows_);
+    weights_ = kPlain ? raw_ : take(strip_ / l_.together * rows_);
+    grads_ = take(strip_ / l_.together * rows_);
+    tables_ = take(kPlain ? 0 : 2 * p_.heads * rows_);
   }
 
-  const ChannelLayout& layout() const { return l_; }
-  Rows rows_of(int64_t band, int64_t height) const {
-    const int64_t rows = ceil_div(height, bands_);
-    return {std::min(band * rows, height), std::min(band * rows + rows, height)};
-  }
-
-  // Units of an image: parts of its weight channels.
-  static int64_t units(const AggregationProblem& p) { return p.weight_channels / channel_layout<scalar_t>(p).part; }
-
-  // Bands of rows of a unit: as many as `threads` need and no more, since the backward pass reads extent() rows beyond
-  // those it owns. Results do not depend on them: each is a sum over one pixel or in the order of the output pixels.
+  // Bands of rows of an image, for so many threads. Results do not depend on them: each is a sum over one pixel or in the
+  // order of the output pixels.
   static int64_t bands(const AggregationProblem& p, int64_t threads) {
-    const int64_t height = std::max(p.rows.in, p.rows.out);
-    const int64_t least = std::max<int64_t>(2 * p.rows.extent(), 1);
-    int64_t rows = std::max(height * p.batch * units(p) / (kTasksPerThread * threads), least);
-    if (p.reflect) rows = std::min(rows, reflected_rows(p));
-    return ceil_div(height, std::min(rows, height));
+    const int64_t fit = kArenaBytes / int64_t(sizeof(acc)) / sum_row(p);
+    return count_bands(p, threads, p.reflect ? std::max<int64_t>(fit, 1) : std::max(p.rows.in, p.rows.out));
   }
 
-  // y [N, Ho, Wo, G*C]: one band of output rows of a unit.
-  void forward(int64_t n, int64_t unit, int64_t band, const scalar_t* x, scalar_t* y) {
-    const Rows own = rows_of(band, p_.rows.out);
-    enter(n, unit, x);
+  // y [N, Ho, Wo, G*C]: one band of output rows.
+  void forward(int64_t n, int64_t band, const scalar_t* x, scalar_t* y) {
+    const Rows own = rows_of_band(p_.rows.out, bands_, band);
+    enter(n, x);
     for (int64_t i = own.begin; i < own.end; ++i) {
       stage_window(i);
       for (int64_t q = 0; q < p_.cols.out; q += strip_)
         for (int64_t g = 0; g < p_.heads; ++g) {
           const Strip<acc> s = stage_weights(i, q, g);
-          for (int64_t k = 0; k < s.count; ++k)
-            sum_pixel(l_, s.taps, s.weights + k * s.taps * s.row, window(q + k), taps_, y + pixel_of(i, q + k, g));
+          with_together<acc>(l_, [&](auto together) { sum_strip<decltype(together)::value>(s, i, q, y); });
         }
     }
   }
@@ -152,16 +159,21 @@ class NhwcTiles {
   // Gradients of one band: grad_w [N, Ho, Wo, G*Cw*K] of its output rows as `change` leaves it, grad_x [N, H, W, C] of its
   // input rows. Either may be null; `change` gets every strip of the output rows, unless it is KeepGrads without grad_w.
   template <class Change>
-  void backward(int64_t n, int64_t unit, int64_t band, const scalar_t* x, const scalar_t* grad_y, scalar_t* grad_x,
-                scalar_t* grad_w, const Change& change) {
+  void backward(int64_t n, int64_t band, const scalar_t* x, const scalar_t* grad_y, scalar_t* grad_x, scalar_t* grad_w,
+                Change&& change) {
+    sweep(n, band, x, grad_y, grad_x, grad_w ? grad_w + n * p_.out_plane() * p_.heads * run_ : nullptr, change);
+  }
+  // The same with grad_w [Ho, Wo, G*Cw*K] of image n alone, of the tensors' type or of acc.
+  template <class Change, class grad_t>
+  void sweep(int64_t n, int64_t band, const scalar_t* x, const scalar_t* grad_y, scalar_t* grad_x, grad_t* grad_w, Change& change) {
     const bool for_weights = grad_w || !std::is_same_v<Change, KeepGrads>;
-    const Rows own = for_weights ? rows_of(band, p_.rows.out) : Rows{0, 0};
-    const Rows inputs = grad_x ? rows_of(band, p_.rows.in) : Rows{0, 0};
+    const Rows own = for_weights ? rows_of_band(p_.rows.out, bands_, band) : Rows{0, 0};
+    const Rows inputs = grad_x ? rows_of_band(p_.rows.in, bands_, band) : Rows{0, 0};
     const Rows reach = rows_reaching(inputs);
-    const Rows sweep = own.empty() ? reach : reach.empty() ? own : Rows{std::min(own.begin, reach.begin), std::max(own.end, reach.end)};
-    enter(n, unit, x);
+    const Rows all = own.empty() ? reach : reach.empty() ? own : Rows{std::min(own.begin, reach.begin), std::max(own.end, reach.end)};
+    enter(n, x);
     closed_ = opened_ = inputs.begin;
-    for (int64_t i = sweep.begin; i < sweep.end; ++i) {
+    for (int64_t i = all.begin; i < all.end; ++i) {
       const bool is_own = own.holds(i);
       const int64_t targets = grad_x ? open_inputs(i, inputs, grad_x) : 0;
       if (is_own) stage_window(i);
@@ -169,9 +181,11 @@ class NhwcTiles {
       for (int64_t q = 0; q < p_.cols.out; q += strip_)
         for (int64_t g = 0; g < p_.heads; ++g) {
           const Strip<acc> s = targets > 0 || Change::kReadsWeights ? stage_weights(i, q, g) : strip(q, g);
-          if (targets > 0) scatter_strip(s, i, q, targets, grad_y);
+          with_together<acc>(l_, [&](auto together) {
+            if (targets > 0) scatter_strip<decltype(together)::value>(s, i, q, targets, grad_y);
+            if (is_own) multiply_strip<decltype(together)::value>(s, i, q, grad_y);
+          });
           if (!is_own) continue;
-          multiply_strip(s, i, q, grad_y);
           change(s);
           if (grad_w) write_strip(s, i, q, grad_w);
         }
@@ -189,20 +203,17 @@ class NhwcTiles {
   int64_t ring_cols() const { return (p_.cols.out - 1) * p_.cols.stride + p_.cols.extent() + 1; }
   int64_t ring_row() const { return ring_cols() * l_.pitch; }
   // So do rows of the gradient of the input while they are added to; under reflection, all rows of a band do.
-  static int64_t sum_row(const AggregationProblem& p) {
-    return (p.cols.in + 2 * p.cols.padding) * channel_layout<scalar_t>(p).pitch;
-  }
-  static int64_t reflected_rows(const AggregationProblem& p) {
-    return std::max<int64_t>(kArenaBytes / (sum_row(p) * int64_t(sizeof(acc))), 1);
-  }
+  int64_t sum_rows() const { return p_.reflect ? ceil_div(p_.rows.in, bands_) : p_.rows.extent() + 1; }
+  static int64_t sum_row(const AggregationProblem& p) { return (p.cols.in + 2 * p.cols.padding) * channel_layout<acc>(p).pitch; }
+
   int64_t strip_pixels() const {
-    return std::clamp<int64_t>(kStripBytes / (p_.taps() * l_.row * int64_t(sizeof(acc))), 1, std::min(kMaxStrip, p_.cols.out));
+    const int64_t fit = std::clamp<int64_t>(kStripBytes / int64_t(sizeof(acc)) / rows_ * l_.together, 1, kMaxStrip);
+    return round_up(std::min(fit, p_.cols.out), l_.together);
   }
   int64_t elements() const {
     using A = Arena<acc>;
-    const int64_t rows = p_.taps() * l_.row;
-    return A::piece(sum_rows() * sum_row_) + A::piece(ring_rows() * ring_row()) + A::piece(p_.taps() * l_.part) + (kPlain ? 2 : 3) * A::piece(strip_ * rows) +
-           A::piece(kPlain ? 0 : 2 * p_.heads * rows);
+    return A::piece(sum_rows() * sum_row_) + A::piece(ring_rows() * ring_row()) + A::piece(l_.together * run_) +
+           (kPlain ? 2 : 3) * A::piece(strip_ / l_.together * rows_) + A::piece(kPlain ? 0 : 2 * p_.heads * rows_);
   }
   // A cleared piece: what no tensor fills stays finite, and the columns outside a zero-padded map stay zero.
   acc* take(int64_t elements) {
@@ -210,26 +221,34 @@ class NhwcTiles {
     std::fill(piece, piece + Arena<acc>::piece(elements), acc(0));
     return piece;
   }
-  // ---- positions in the maps, of the unit's first channel
-  int64_t output_pixel(int64_t i, int64_t q) const { return (n_ * p_.rows.out + i) * p_.cols.out + q; }
-  int64_t pixel_of(int64_t i, int64_t q, int64_t g) const { return (output_pixel(i, q) * p_.heads + g) * p_.channels + first_; }
-  int64_t weights_of(int64_t i, int64_t q, int64_t g) const {
-    return ((output_pixel(i, q) * p_.heads + g) * p_.weight_channels + first_) * p_.taps();
-  }
-  int64_t input_row(int64_t z) const { return (n_ * p_.rows.in + z) * p_.cols.in * p_.channels + first_; }
 
-  // Begins work on a unit. Bands of one unit that follow each other find the rows they share still staged.
-  void enter(int64_t n, int64_t unit, const scalar_t* x) {
-    if (n == n_ && unit * l_.part == first_ && x == x_) return;
+  // ---- positions in the maps, and in the weights of an image
+  int64_t channels_at(int64_t i, int64_t q, int64_t g) const {
+    return (((n_ * p_.rows.out + i) * p_.cols.out + q) * p_.heads + g) * p_.channels;
+  }
+  int64_t weights_at(int64_t i, int64_t q, int64_t g) const { return ((i * p_.cols.out + q) * p_.heads + g) * run_; }
+  int64_t input_row(int64_t z) const { return (n_ * p_.rows.in + z) * p_.cols.in * p_.channels; }
+  // Staged weights of pixel k of a strip.
+  int64_t staged_at(int64_t k) const { return k / l_.together * rows_ + k % l_.together * l_.weights; }
+
+  // The same `size` values of one head, some pixels later: those at least kPrefetchBytes away.
+  template <class T>
+  T* ahead(T* at, int64_t size) const {
+    return at + ceil_div(kPrefetchBytes, size * int64_t(sizeof(T))) * size * p_.heads;
+  }
+
+  // Begins work on an image. Bands of one image that follow each other find the rows they share still staged.
+  void enter(int64_t n, const scalar_t* x) {
+    if (n == n_ && x == x_) return;
     n_ = n;
-    first_ = unit * l_.part;
     x_ = x;
     std::fill(staged_.get(), staged_.get() + ring_rows(), kNoRow);
-    for (int64_t g = 0; g < p_.heads; ++g) prepare_rows(field_, p_, l_, n, g, first_, tables_ + 2 * g * p_.taps() * l_.row);
+    for (int64_t g = 0; g < p_.heads; ++g) prepare_rows(field_, p_, l_, n, g, tables_ + 2 * g * rows_);
   }
 
   // ---- input
-  // Stages what is missing of the rows under output row i; taps_[t] is where tap t of the first output pixel is.
+  // Stages what is missing of the rows under output row i; taps_[t] is where tap t of the first output pixel is, next_ what
+  // will be staged next.
   void stage_window(int64_t i) {
     for (int64_t u = 0, t = 0; u < p_.rows.kernel; ++u) {
       const int64_t z = p_.rows.source(i, u), slot = (z + p_.rows.padding) % ring_rows();
@@ -237,6 +256,11 @@ class NhwcTiles {
       staged_[slot] = z;
       for (int64_t v = 0; v < p_.cols.kernel; ++v, ++t) taps_[t] = slot * ring_row() + v * p_.cols.dilation * l_.pitch;
     }
+    next_ = x_ + input_row(std::clamp<int64_t>(p_.rows.source(i + 1, p_.rows.kernel - 1), 0, p_.rows.in - 1));
+  }
+  void prefetch_input(int64_t q) const {
+    const int64_t count = p_.cols.stride * p_.channels;
+    prefetch_run<kRead>(next_ + q * count, count);
   }
   const acc* window(int64_t q) const { return ring_ + q * p_.cols.stride * l_.pitch; }
 
@@ -246,53 +270,77 @@ class NhwcTiles {
     const scalar_t* const row = x_ + input_row(reflected(z, p_.rows.in));
     const int64_t padding = p_.cols.padding, begin = std::min(padding, ring_cols());
     const int64_t end = std::clamp(padding + p_.cols.in, begin, ring_cols());
-    stage_pixels(l_, row, p_.channels, p_.weight_channels, end - begin, to + begin * l_.pitch);
+    stage_pixels(l_, row, end - begin, to + begin * l_.pitch);
     for (int64_t c = 0; p_.reflect && c < ring_cols(); ++c)
-      if (c < begin || c >= end)
-        stage_pixels(l_, row + reflected(c - padding, p_.cols.in) * p_.channels, p_.channels, p_.weight_channels, 1, to + c * l_.pitch);
+      if (c < begin || c >= end) stage_pixels(l_, row + reflected(c - padding, p_.cols.in) * p_.channels, 1, to + c * l_.pitch);
   }
 
   // ---- weights
   Strip<acc> strip(int64_t q, int64_t g) const {
-    return {g,       g * p_.weight_channels + first_, std::min(strip_, p_.cols.out - q), p_.taps(), l_.part, l_.row, raw_, weights_, grads_};
+    const int64_t count = std::min(strip_, p_.cols.out - q);
+    return {g, count, ceil_div(count, l_.together), p_.taps(), l_.together * l_.weights, l_.row, raw_, weights_, grads_};
   }
   Strip<acc> stage_weights(int64_t i, int64_t q, int64_t g) {
     const Strip<acc> s = strip(q, g);
-    const int64_t run = l_.part * s.taps, pixel = p_.heads * p_.weight_channels * s.taps;
-    const int64_t ahead = ceil_div(kPrefetchBytes, run * int64_t(sizeof(scalar_t))) * pixel;
-    const scalar_t* from = field_.raw_weights() + weights_of(i, q, g);
-    acc* const table = tables_ + 2 * g * s.taps * s.row;
-    for (int64_t k = 0; k < s.count; ++k, from += pixel) {
-      const int64_t at = k * s.taps * s.row;
-      prefetch_run(from + ahead, run);
+    const int64_t pixel = p_.heads * run_;
+    const scalar_t* from = field_.raw_weights() + n_ * p_.out_plane() * p_.heads * run_ + weights_at(i, q, g);
+    acc* to = raw_;
+    for (int64_t k = 0; k < s.count; k += l_.together, to += rows_) {
+      const int64_t count = std::min(l_.together, s.count - k);
       if constexpr (std::is_same_v<scalar_t, acc>) {
-        taps_first(l_, s.taps, from, raw_ + at);
+        for (int64_t j = 0; j < count; ++j) prefetch_run<kRead>(ahead(from + j * pixel, run_), run_);
+        taps_first(l_, s.taps, from, pixel, count, to);
+        from += count * pixel;
       } else {
-        stage_run(line_, from, run);
-        taps_first(l_, s.taps, line_, raw_ + at);
+        for (int64_t j = 0; j < count; ++j, from += pixel) {
+          prefetch_run<kRead>(ahead(from, run_), run_);
+          stage_run(line_ + j * run_, from, run_);
+        }
+        taps_first(l_, s.taps, line_, run_, count, to);
       }
     }
     if constexpr (!kPlain)
-      for (int64_t at = 0; at < s.count * s.taps * s.row; at += s.taps * s.row)
-        transform_rows(field_, l_, s.taps, raw_ + at, table, weights_ + at);
+      for (int64_t at = 0; at < s.size(); at += rows_) transform_rows(field_, l_, s.taps, raw_ + at, tables_ + 2 * g * rows_, weights_ + at);
     return s;
   }
 
-  // ---- gradient of the weights
-  void multiply_strip(const Strip<acc>& s, int64_t i, int64_t q, const scalar_t* grad_y) {
-    for (int64_t k = 0; k < s.count; ++k)
-      multiply_pixel(l_, s.taps, grad_y + pixel_of(i, q + k, s.head), window(q + k), taps_, s.grads + k * s.taps * s.row);
-    add_repeats(l_, s.count * s.taps, s.grads);
-  }
-  void write_strip(const Strip<acc>& s, int64_t i, int64_t q, scalar_t* grad_w) {
+  template <int kTogether>
+  void sum_strip(const Strip<acc>& s, int64_t i, int64_t q, scalar_t* y) const {
     for (int64_t k = 0; k < s.count; ++k) {
-      const acc* const grads = s.grads + k * s.taps * s.row;
-      scalar_t* const to = grad_w + weights_of(i, q + k, s.head);
-      if constexpr (std::is_same_v<scalar_t, acc>) {
-        channels_first(l_, s.taps, grads, to);
+      scalar_t* const to = y + channels_at(i, q + k, s.head);
+      prefetch_run<kWrite>(ahead(to, p_.channels), p_.channels);
+      if (s.head == 0) prefetch_input(q + k);
+      sum_pixel<kTogether>(l_, s.taps, s.weights + staged_at(k), window(q + k), taps_, to);
+    }
+  }
+
+  // ---- gradient of the weights
+  template <int kTogether>
+  void multiply_strip(const Strip<acc>& s, int64_t i, int64_t q, const scalar_t* grad_y) {
+    if (s.count % kTogether != 0) std::fill(s.grads + (s.groups - 1) * rows_, s.grads + s.groups * rows_, acc(0));
+    for (int64_t k = 0; k < s.count; ++k) {
+      if (s.head == 0) prefetch_input(q + k);
+      multiply_pixel<kTogether>(l_, s.taps, grad_y + channels_at(i, q + k, s.head), window(q + k), taps_, s.grads + staged_at(k));
+    }
+    add_repeats(l_, s.groups * s.taps, s.grads);
+  }
+  template <class grad_t>
+  void write_strip(const Strip<acc>& s, int64_t i, int64_t q, grad_t* grad_w) {
+    const int64_t pixel = p_.heads * run_;
+    grad_t* to = grad_w + weights_at(i, q, s.head);
+    const acc* grads = s.grads;
+    for (int64_t k = 0; k < s.count; k += l_.together, grads += rows_) {
+      const int64_t count = std::min(l_.together, s.count - k);
+      if constexpr (std::is_same_v<grad_t, acc>) {
+        for (int64_t j = 0; j < count; ++j) prefetch_run<kWrite>(ahead(to + j * pixel, run_), run_);
+        channels_first(l_, s.taps, grads, pixel, count, to);
+        to += count * pixel;
       } else {
-        channels_first(l_, s.taps, grads, line_);
-        unstage_run(to, line_, l_.part * s.taps);
+        channels_first(l_, s.taps, grads, run_, count, line_);
+        for (int64_t j = 0; j < count; ++j, to += pixel) {
+          prefetch_run<kWrite>(ahead(to, run_), run_);
+          unstage_run(to, line_ + j * run_, run_);
+        }
       }
     }
   }
@@ -309,11 +357,7 @@ class NhwcTiles {
   }
 
   // Input rows [closed_, opened_) of the band are being added to, row z in slot z modulo sum_rows().
-  int64_t sum_rows() const {
-    return p_.reflect ? ceil_div(p_.rows.in, bands_) : p_.rows.extent() + 1;
-  }
   acc* sums_of(int64_t z) const { return sums_ + z % sum_rows() * sum_row_; }
-
   void open_row(int64_t z) {
     std::fill(sums_of(z), sums_of(z) + sum_row_, acc(0));
     opened_ = z + 1;
@@ -324,10 +368,9 @@ class NhwcTiles {
       if (closed_ == opened_) open_row(closed_);
       acc* const row = sums_of(closed_) + p_.cols.padding * l_.pitch;
       if (p_.reflect) fold_columns(row);
-      unstage_pixels(l_, row, p_.channels, p_.weight_channels, p_.cols.in, grad_x + input_row(closed_));
+      unstage_pixels(l_, row, p_.cols.in, grad_x + input_row(closed_));
     }
   }
-
   // Prepares the band's rows that output row i adds to and returns how many taps do: scatter_rows_ says where their weights
   // are, scatter_to_ where the first output pixel adds. A row of the reflected border adds to the row it mirrors.
   int64_t open_inputs(int64_t i, Rows inputs, scalar_t* grad_x) {
@@ -345,10 +388,14 @@ class NhwcTiles {
     }
     return count;
   }
+  template <int kTogether>
   void scatter_strip(const Strip<acc>& s, int64_t i, int64_t q, int64_t targets, const scalar_t* grad_y) {
-    for (int64_t k = 0; k < s.count; ++k)
-      scatter_pixel(l_, targets, grad_y + pixel_of(i, q + k, s.head), s.weights + k * s.taps * s.row, scatter_rows_,
-                    sums_ + (q + k) * p_.cols.stride * l_.pitch, scatter_to_);
+    for (int64_t k = 0; k < s.count; ++k) {
+      const scalar_t* const g = grad_y + channels_at(i, q + k, s.head);
+      prefetch_run<kRead>(ahead(g, p_.channels), p_.channels);
+      scatter_pixel<kTogether>(l_, targets, g, s.weights + staged_at(k), scatter_rows_,
+                               sums_ + (q + k) * p_.cols.stride * l_.pitch, scatter_to_);
+    }
   }
 
   // Adds the columns of a reflected border to those they mirror; `row` points at column 0 of the map.
@@ -363,7 +410,10 @@ class NhwcTiles {
   const AggregationProblem p_;
   const Field field_;
   const ChannelLayout l_;
-  const int64_t bands_, strip_;
+  const int64_t bands_;
+  const int64_t run_ = p_.weight_channels * p_.taps();  // weights of a pixel and head in memory
+  const int64_t rows_ = p_.taps() * l_.row;             // and staged, those of a group
+  const int64_t strip_;
   const int64_t sum_row_ = sum_row(p_);
   Arena<acc> arena_;
   std::unique_ptr<int64_t[]> offsets_;  // [3][K]
@@ -374,6 +424,7 @@ class NhwcTiles {
   acc* sums_;                          // [sum_rows()][W + 2*padding][pitch]
   acc *ring_, *line_, *raw_, *weights_, *grads_, *tables_;
   const scalar_t* x_ = nullptr;
-  int64_t n_ = -1, first_ = -1;  // image and first weight channel of the unit
+  const scalar_t* next_ = nullptr;
+  int64_t n_ = -1;
   int64_t closed_ = 0, opened_ = 0;
 };

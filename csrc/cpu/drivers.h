@@ -23,20 +23,18 @@ void for_units(const AggregationProblem& p, const Field& field, const Parallel& 
   });
 }
 
-// The same for NHWC maps: body(tiles, n, unit, band), with bands for `threads` threads. A unit is an image's part of the
-// weight channels there.
+// The same for NHWC maps: body(tiles, n, band), with bands for `threads` threads.
 template <class Field, class Parallel, class Body>
 void for_bands(const AggregationProblem& p, const Field& field, const Parallel& parallel, int64_t threads, const Body& body) {
-  using Tiles = NhwcTiles<Field>;
-  const int64_t bands = Tiles::bands(p, threads), units = Tiles::units(p), tasks = p.batch * units * bands;
-  const int64_t work = p.heads * p.channels * p.taps() * std::max(p.in_plane(), p.out_plane()) / (units * bands);
-  parallel(tasks, work, [&](int64_t begin, int64_t end) {
-    Tiles tiles(p, field, bands);
-    for (int64_t task = begin; task < end; ++task) body(tiles, task / bands / units, task / bands % units, task % bands);
+  const int64_t bands = NhwcTiles<Field>::bands(p, threads);
+  const int64_t work = p.heads * p.channels * p.taps() * std::max(p.in_plane(), p.out_plane()) / bands;
+  parallel(p.batch * bands, work, [&](int64_t begin, int64_t end) {
+    NhwcTiles<Field> tiles(p, field, bands);
+    for (int64_t task = begin; task < end; ++task) body(tiles, task / bands, task % bands);
   });
 }
 
-// Either, by layout, for passes that are called alike.
+// Either, by layout: body(tiles, place...).
 template <class Field, class Parallel, class Body>
 void for_tiles(const AggregationProblem& p, const Field& field, const Parallel& parallel, const Body& body) {
   if (p.channels_last) for_bands(p, field, parallel, parallel.threads(), body);

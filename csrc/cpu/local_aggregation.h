@@ -11,8 +11,7 @@
 template <class scalar_t, class Parallel>
 void local_aggregation_forward(const AggregationProblem& p, const scalar_t* x, const scalar_t* w, scalar_t* y,
                                const Parallel& parallel) {
-  const auto forward = [&](auto& tiles, int64_t n, int64_t unit, int64_t band) { tiles.forward(n, unit, band, x, y); };
-  for_tiles(p, PlainField<scalar_t>{w}, parallel, forward);
+  for_tiles(p, PlainField<scalar_t>{w}, parallel, [&](auto& tiles, auto... place) { tiles.forward(place..., x, y); });
 }
 
 // Either gradient may be null. Both come out of one sweep: a band's inputs are read from memory once and are in cache
@@ -22,8 +21,8 @@ void local_aggregation_backward(const AggregationProblem& p, const scalar_t* gra
                                 scalar_t* grad_x, scalar_t* grad_w, const Parallel& parallel) {
   const PlainField<scalar_t> field{w};
   if (p.channels_last)
-    return for_bands(p, field, parallel, parallel.threads(), [&](auto& tiles, int64_t n, int64_t unit, int64_t band) {
-      tiles.backward(n, unit, band, x, grad_y, grad_x, grad_w, KeepGrads());
+    return for_bands(p, field, parallel, parallel.threads(), [&](auto& tiles, int64_t n, int64_t band) {
+      tiles.backward(n, band, x, grad_y, grad_x, grad_w, KeepGrads());
     });
   for_units(p, field, parallel, [&](auto& tiles, int64_t n, int64_t m, int64_t band) {
     if (grad_w) tiles.grad_weight(n, m, band, x, grad_y, plain_sinks(p, n, m, grad_w));

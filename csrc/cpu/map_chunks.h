@@ -10,9 +10,6 @@ constexpr int64_t kChunkElements = 16384;  // of a chunk: its exponentials stay 
 constexpr int64_t kChunkPixels = 64;       // channels_last: at least, so that a chunk's sums are small beside it
 constexpr int64_t kPrefetchBytes = 1024;   // how far ahead of a stream
 
-// Lambdas that loops call once per vector must dissolve in the loop.
-#define COTNET_INLINE_LAMBDA __attribute__((always_inline))
-
 // ---- lanes -----------------------------------------------------------------------------------------------------------
 
 // 0, 1, 2, ...
@@ -91,20 +88,22 @@ struct PartVector {
   COTNET_INLINE Vec<acc> fresh_or(Vec<acc> v, Vec<acc> other) const { return mask ? v : other; }
 };
 
-// Asks for what a stream will read or write soon. For outputs this matters most: a store that has to fetch its line holds
-// up all stores behind it.
+// Asks for what a stream reads or writes `bytes` further on, which may lie outside the tensor. For outputs this matters
+// most: a store that has to fetch its line holds up all stores behind it.
 template <class scalar_t>
-COTNET_INLINE void prefetch_ahead(const scalar_t* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes);
+COTNET_INLINE void prefetch_ahead(const scalar_t* p, int64_t bytes = kPrefetchBytes) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + uintptr_t(bytes)));
 }
 
 // ---- loops over one chunk ------------------------------------------------------------------------------------------------
+
+// The bodies are structs, as a loop in a template must not be a lambda (foreach_target.h).
 
 // NCHW: body(vector, at, slot) for the vectors of elements [begin, end), which lie in one plane: `at` is the first element
 // and `slot` a place in scratch memory that has room for a full vector each. The last vector is moved back to end with the
 // chunk.
 template <class acc, class Body>
-COTNET_INLINE void for_plane(int64_t begin, int64_t end, const Body& body) {
+COTNET_INLINE void for_plane(int64_t begin, int64_t end, Body& body) {
   constexpr int lanes = kLanes<acc>;
   const int64_t size = end - begin, rest = size % lanes, whole = size - rest;
   for (int64_t q = 0; q < whole; q += lanes) body(WholeVector(), begin + q, q);
@@ -129,13 +128,13 @@ COTNET_INLINE int64_t first_channel(int64_t channels, int64_t k) {
 // body(vector, k, at) for each vector k of the channels of each pixel in elements [begin, end), where `at` is the vector's
 // first element.
 template <class acc, class Vector, class Body>
-COTNET_INLINE void for_pixels_of(const Vector& vector, int64_t channels, int64_t begin, int64_t end, const Body& body) {
+COTNET_INLINE void for_pixels_of(const Vector& vector, int64_t channels, int64_t begin, int64_t end, Body& body) {
   const int64_t vectors = channel_vectors<acc>(channels), last = first_channel<acc>(channels, vectors - 1);
   for (int64_t pixel = begin; pixel < end; pixel += channels)
     for (int64_t k = 0; k < vectors; ++k) body(vector, k, pixel + std::min<int64_t>(k * kLanes<acc>, last));
 }
 template <class acc, class Body>
-COTNET_INLINE void for_pixels(int64_t channels, int64_t begin, int64_t end, const Body& body) {
+COTNET_INLINE void for_pixels(int64_t channels, int64_t begin, int64_t end, Body& body) {
   if (channels >= kLanes<acc>)
     for_pixels_of<acc>(WholeVector(), channels, begin, end, body);
   else
@@ -145,6 +144,7 @@ COTNET_INLINE void for_pixels(int64_t channels, int64_t begin, int64_t end, cons
 // ---- the cut -----------------------------------------------------------------------------------------------------------
 
 struct MapCut {
+  bool channels_last;
   int64_t units;    // planes or images
   int64_t vectors;  // sums of a unit: one, or one for each vector of channels
   int64_t pitch;    // elements of a pixel of the unit: 1 or C
@@ -155,12 +155,12 @@ struct MapCut {
   // Elements [begin, end) of the map are the chunk.
   int64_t begin(int64_t unit, int64_t chunk) const { return (unit * plane + std::min(chunk * pixels, plane)) * pitch; }
   int64_t end(int64_t unit, int64_t chunk) const { return begin(unit, chunk + 1); }
-  int64_t chunk_elements() const { return pixels * pitch; }
 };
 
 template <class acc>
 MapCut cut_map(const MapProblem& p) {
   MapCut cut;
+  cut.channels_last = p.channels_last;
   cut.units = p.channels_last ? p.batch : p.batch * p.channels;
   cut.vectors = p.channels_last ? channel_vectors<acc>(p.channels) : 1;
   cut.pitch = p.channels_last ? p.channels : 1;

@@ -29,7 +29,7 @@ template <class scalar_t, class Parallel>
 void softmax_aggregation_forward(const AggregationProblem& p, const scalar_t* x, const scalar_t* logits, scalar_t* y,
                                  const Parallel& parallel) {
   const SoftmaxField<scalar_t> field{{logits}};
-  for_tiles(p, field, parallel, [&](auto& tiles, int64_t n, int64_t unit, int64_t band) { tiles.forward(n, unit, band, x, y); });
+  for_tiles(p, field, parallel, [&](auto& tiles, auto... place) { tiles.forward(place..., x, y); });
 }
 
 // Either gradient may be null.
@@ -38,8 +38,8 @@ void softmax_aggregation_backward(const AggregationProblem& p, const scalar_t* g
                                   const scalar_t* logits, scalar_t* grad_x, scalar_t* grad_logits, const Parallel& parallel) {
   const SoftmaxField<scalar_t> field{{logits}};
   if (p.channels_last)
-    return for_bands(p, field, parallel, parallel.threads(), [&](auto& tiles, int64_t n, int64_t unit, int64_t band) {
-      tiles.backward(n, unit, band, x, grad_y, grad_x, grad_logits, SoftmaxGrads());
+    return for_bands(p, field, parallel, parallel.threads(), [&](auto& tiles, int64_t n, int64_t band) {
+      tiles.backward(n, band, x, grad_y, grad_x, grad_logits, SoftmaxGrads());
     });
   for_units(p, field, parallel, [&](auto& tiles, int64_t n, int64_t m, int64_t band) {
     if (grad_logits) {

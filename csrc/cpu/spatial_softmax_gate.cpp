@@ -23,7 +23,7 @@ Tensor spatial_softmax_gate_cpu(const Tensor& logits, const Tensor& value, const
   dispatch_dtype(x, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     COTNET_ON_TARGET((spatial_softmax_gate_forward), p, data<scalar_t>(x), data<scalar_t>(v), data<scalar_t>(s),
-                     mutable_data<scalar_t>(y), Parallel{}, torch::stable::get_num_threads());
+                     mutable_data<scalar_t>(y), Parallel{});
   });
   return y;
 }
@@ -43,8 +43,7 @@ std::tuple<Tensor, Tensor> spatial_softmax_gate_backward_cpu(const Tensor& grad,
     using scalar_t = typename decltype(tag)::type;
     COTNET_ON_TARGET((spatial_softmax_gate_backward), p, data<scalar_t>(g), data<scalar_t>(x), data<scalar_t>(v),
                      output_mask[0] ? mutable_data<scalar_t>(grad_logits) : nullptr,
-                     output_mask[1] ? mutable_data<scalar_t>(grad_value) : nullptr, Parallel{},
-                     torch::stable::get_num_threads());
+                     output_mask[1] ? mutable_data<scalar_t>(grad_value) : nullptr, Parallel{});
   });
   return {grad_logits, grad_value};
 }

@@ -28,23 +28,35 @@ struct SoftmaxSums {
     sum *= shrink;
     dot *= shrink;
   }
-  COTNET_INLINE void merge(SoftmaxSums other) {
-    const Vec<acc> new_top = maximum(top, other.top);
-    raise(new_top);
-    other.raise(new_top);
-    sum += other.sum;
-    dot += other.dot;
-  }
-  // For the second sweep: 1/sum in place of sum, and the sum of p*grad_y*v in place of dot.
-  COTNET_INLINE void normalise() {
-    sum = acc(1) / sum;
-    dot *= sum;
-  }
 };
+
+template <class acc>
+void merge(SoftmaxSums<acc>* total, const SoftmaxSums<acc>* next, int64_t vectors) {
+  for (int64_t k = 0; k < vectors; ++k) {
+    SoftmaxSums<acc> other = next[k];
+    const Vec<acc> top = maximum(total[k].top, other.top);
+    total[k].raise(top);
+    other.raise(top);
+    total[k].sum += other.sum;
+    total[k].dot += other.dot;
+  }
+}
+
+// For the second sweep: 1/sum in place of sum, and the sum of p*grad_y*v in place of dot.
+template <class acc>
+void normalise(SoftmaxSums<acc>* total, int64_t vectors) {
+  for (int64_t k = 0; k < vectors; ++k) {
+    total[k].sum = acc(1) / total[k].sum;
+    total[k].dot *= total[k].sum;
+  }
+}
+
+// ---- the two passes: what they gather beside the softmax, and what they write -----------------------------------------------
 
 template <class scalar_t>
 struct GateForward {
   using scalar = scalar_t;
+  using acc = acc_t<scalar_t>;
   static constexpr bool kDot = false;
   const scalar_t* x;
   const scalar_t* v;
@@ -52,10 +64,10 @@ struct GateForward {
   scalar_t* y;
 
   template <class Vector>
-  COTNET_INLINE void finish(const Vector& vector, int64_t at, Vec<acc_t<scalar_t>> p, Vec<acc_t<scalar_t>>) const {
+  COTNET_INLINE void finish(const Vector& vector, int64_t at, Vec<acc> p, Vec<acc>) const {
     prefetch_ahead(v + at);
     prefetch_ahead(y + at);
-    Vec<acc_t<scalar_t>> result = p * vector.read(v + at);
+    Vec<acc> result = p * vector.read(v + at);
     if (s) {
       prefetch_ahead(s + at);
       result += vector.read(s + at);
@@ -67,6 +79,7 @@ struct GateForward {
 template <class scalar_t>
 struct GateBackward {
   using scalar = scalar_t;
+  using acc = acc_t<scalar_t>;
   static constexpr bool kDot = true;
   const scalar_t* x;
   const scalar_t* v;
@@ -75,16 +88,15 @@ struct GateBackward {
   scalar_t* grad_v;  // or null
 
   template <class Vector>
-  COTNET_INLINE Vec<acc_t<scalar_t>> product(const Vector& vector, int64_t at) const {
+  COTNET_INLINE Vec<acc> product(const Vector& vector, int64_t at) const {
     prefetch_ahead(grad_y + at);
     prefetch_ahead(v + at);
     return vector.read(grad_y + at) * vector.read(v + at);
   }
   template <class Vector>
-  COTNET_INLINE void finish(const Vector& vector, int64_t at, Vec<acc_t<scalar_t>> p, Vec<acc_t<scalar_t>> dot) const {
+  COTNET_INLINE void finish(const Vector& vector, int64_t at, Vec<acc> p, Vec<acc> dot) const {
     prefetch_ahead(grad_x + at);
-    const Vec<acc_t<scalar_t>> product_here = product(vector, at);
-    vector.write(grad_x + at, p * (product_here - dot));
+    vector.write(grad_x + at, p * (product(vector, at) - dot));
     if (grad_v) {
       prefetch_ahead(grad_v + at);
       vector.write(grad_v + at, p * vector.read(grad_y + at));
@@ -92,176 +104,244 @@ struct GateBackward {
   }
 };
 
-// ---- NCHW, one chunk: its maximum is found before its exponentials -------------------------------------------------------
+// ---- NCHW, one chunk of a plane: its maximum is found before its exponentials -----------------------------------------------
 
-template <bool kStored, class Pass, class acc>
-void gather_plane(const Pass pass, int64_t begin, int64_t end, acc* stored, SoftmaxSums<acc>* out) {
-  SoftmaxSums<acc> sums = SoftmaxSums<acc>::none();
-  const Vec<acc> lowest = sums.top;
-  for_plane<acc>(begin, end, [&](auto vector, int64_t at, int64_t) COTNET_INLINE_LAMBDA {
-    sums.top = maximum(sums.top, vector.fresh_or(vector.read(pass.x + at), lowest));
-  });
-  sums.top = max_everywhere<acc>(sums.top);
-  for_plane<acc>(begin, end, [&](auto vector, int64_t at, int64_t slot) COTNET_INLINE_LAMBDA {
+template <class scalar_t>
+struct PlaneTop {
+  using acc = acc_t<scalar_t>;
+  const scalar_t* x;
+  Vec<acc> lowest, top;
+
+  template <class Vector>
+  COTNET_INLINE void operator()(const Vector& vector, int64_t at, int64_t) {
+    top = maximum(top, vector.fresh_or(vector.read(x + at), lowest));
+  }
+};
+
+// With kStored the exponentials go to `stored`.
+template <bool kStored, class Pass>
+struct PlaneExponentials {
+  using acc = typename Pass::acc;
+  const Pass pass;
+  acc* const stored;
+  SoftmaxSums<acc> sums;
+
+  template <class Vector>
+  COTNET_INLINE void operator()(const Vector& vector, int64_t at, int64_t slot) {
     const Vec<acc> e = exponential(vector.read(pass.x + at) - sums.top);
-    if (kStored) store(stored + slot, e);
+    if constexpr (kStored) store(stored + slot, e);
     sums.sum += vector.fresh(e);
     if constexpr (Pass::kDot) sums.dot += vector.fresh(e * pass.product(vector, at));
-  });
-  sums.sum = sum_everywhere<acc>(sums.sum);
-  if constexpr (Pass::kDot) sums.dot = sum_everywhere<acc>(sums.dot);
-  *out = sums;
+  }
+};
+
+template <bool kStored, class Pass>
+struct PlaneResults {
+  using acc = typename Pass::acc;
+  const Pass pass;
+  const acc* const stored;
+  const SoftmaxSums<acc> sums;
+
+  template <class Vector>
+  COTNET_INLINE void operator()(const Vector& vector, int64_t at, int64_t slot) {
+    Vec<acc> e;
+    if constexpr (kStored)
+      e = load(stored + slot);
+    else
+      e = exponential(vector.read(pass.x + at) - sums.top);
+    pass.finish(vector, at, e * sums.sum, sums.dot);
+  }
+};
+
+template <bool kStored, class Pass, class acc>
+void gather_plane(const Pass& pass, int64_t begin, int64_t end, acc* stored, SoftmaxSums<acc>* out) {
+  const SoftmaxSums<acc> none = SoftmaxSums<acc>::none();
+  PlaneTop<typename Pass::scalar> top{pass.x, none.top, none.top};
+  for_plane<acc>(begin, end, top);
+  PlaneExponentials<kStored, Pass> body{pass, stored, none};
+  body.sums.top = max_everywhere<acc>(top.top);
+  for_plane<acc>(begin, end, body);
+  out->top = body.sums.top;
+  out->sum = sum_everywhere<acc>(body.sums.sum);
+  out->dot = Pass::kDot ? sum_everywhere<acc>(body.sums.dot) : none.dot;
 }
 
 template <bool kStored, class Pass, class acc>
-void finish_plane(const Pass pass, int64_t begin, int64_t end, const acc* stored, const SoftmaxSums<acc>* unit) {
-  const SoftmaxSums<acc> sums = *unit;
-  for_plane<acc>(begin, end, [&](auto vector, int64_t at, int64_t slot) COTNET_INLINE_LAMBDA {
-    const Vec<acc> e = kStored ? load(stored + slot) : exponential(vector.read(pass.x + at) - sums.top);
-    pass.finish(vector, at, e * sums.sum, sums.dot);
-  });
+void finish_plane(const Pass& pass, int64_t begin, int64_t end, const acc* stored, const SoftmaxSums<acc>* unit) {
+  PlaneResults<kStored, Pass> body{pass, stored, *unit};
+  for_plane<acc>(begin, end, body);
 }
 
-// ---- channels_last, one chunk: online, tile by tile ----------------------------------------------------------------------
+// ---- channels_last, one chunk of an image: online, tile by tile --------------------------------------------------------------
 
+template <class scalar_t>
+struct ImageTop {
+  const scalar_t* const x;
+  Vec<acc_t<scalar_t>>* const top;
+
+  template <class Vector>
+  COTNET_INLINE void operator()(const Vector& vector, int64_t k, int64_t at) {
+    top[k] = maximum(top[k], vector.read(x + at));
+  }
+};
+
+template <class Pass>
+struct ImageExponentials {
+  using acc = typename Pass::acc;
+  const Pass pass;
+  const Vec<acc>* const top;
+  SoftmaxSums<acc>* const sums;
+  const int64_t ahead;  // bytes to the next tile
+
+  template <class Vector>
+  COTNET_INLINE void operator()(const Vector& vector, int64_t k, int64_t at) {
+    prefetch_ahead(pass.x + at, ahead);
+    const Vec<acc> e = exponential(vector.read(pass.x + at) - top[k]);
+    sums[k].sum += e;
+    if constexpr (Pass::kDot) sums[k].dot += e * pass.product(vector, at);
+  }
+};
+
+template <class Pass>
+struct ImageResults {
+  using acc = typename Pass::acc;
+  const Pass pass;
+  const SoftmaxSums<acc>* const sums;
+
+  template <class Vector>
+  COTNET_INLINE void operator()(const Vector& vector, int64_t k, int64_t at) {
+    prefetch_ahead(pass.x + at);
+    const Vec<acc> e = exponential(vector.read(pass.x + at) - sums[k].top);
+    pass.finish(vector, at, e * sums[k].sum, sums[k].dot);
+  }
+};
+
+// `top` has room for one entry for each vector of channels.
 template <class Pass, class acc>
-void gather_image(const Pass pass, int64_t channels, int64_t begin, int64_t end, SoftmaxSums<acc>* sums, Vec<acc>* top) {
+void gather_image(const Pass& pass, int64_t channels, int64_t begin, int64_t end, SoftmaxSums<acc>* sums, Vec<acc>* top) {
   const int64_t vectors = channel_vectors<acc>(channels);
   const int64_t tile = std::clamp<int64_t>(kTileElements / channels, 1, kTilePixels) * channels;
   for (int64_t k = 0; k < vectors; ++k) {
     sums[k] = SoftmaxSums<acc>::none();
     top[k] = sums[k].top;
   }
+  ImageTop<typename Pass::scalar> find_top{pass.x, top};
+  ImageExponentials<Pass> add{pass, top, sums, tile * int64_t(sizeof(typename Pass::scalar))};
   for (int64_t first = begin; first < end; first += tile) {
     const int64_t last = std::min(first + tile, end);
-    for_pixels<acc>(channels, first, last, [&](auto vector, int64_t k, int64_t at) COTNET_INLINE_LAMBDA {
-      top[k] = maximum(top[k], vector.read(pass.x + at));
-    });
+    for_pixels<acc>(channels, first, last, find_top);
     for (int64_t k = 0; k < vectors; ++k) sums[k].raise(top[k]);
-    for_pixels<acc>(channels, first, last, [&](auto vector, int64_t k, int64_t at) COTNET_INLINE_LAMBDA {
-      __builtin_prefetch(pass.x + at + tile);
-      const Vec<acc> e = exponential(vector.read(pass.x + at) - top[k]);
-      sums[k].sum += e;
-      if constexpr (Pass::kDot) sums[k].dot += e * pass.product(vector, at);
-    });
+    for_pixels<acc>(channels, first, last, add);
   }
 }
 
 template <class Pass, class acc>
-void finish_image(const Pass pass, int64_t channels, int64_t begin, int64_t end, const SoftmaxSums<acc>* sums) {
-  for_pixels<acc>(channels, begin, end, [&](auto vector, int64_t k, int64_t at) COTNET_INLINE_LAMBDA {
-    prefetch_ahead(pass.x + at);
-    const Vec<acc> e = exponential(vector.read(pass.x + at) - sums[k].top);
-    pass.finish(vector, at, e * sums[k].sum, sums[k].dot);
-  });
+void finish_image(const Pass& pass, int64_t channels, int64_t begin, int64_t end, const SoftmaxSums<acc>* sums) {
+  ImageResults<Pass> body{pass, sums};
+  for_pixels<acc>(channels, begin, end, body);
 }
 
-// ---- whole maps ------------------------------------------------------------------------------------------------------------
+// ---- whole maps ---------------------------------------------------------------------------------------------------------------
+
+// One chunk of a unit in either layout; `sums` and `top` have an entry for each vector of channels.
+template <class Pass, class acc>
+void gather_chunk(const MapCut& cut, const Pass& pass, int64_t unit, int64_t c, SoftmaxSums<acc>* sums, Vec<acc>* top) {
+  if (cut.channels_last)
+    gather_image(pass, cut.pitch, cut.begin(unit, c), cut.end(unit, c), sums, top);
+  else
+    gather_plane<false>(pass, cut.begin(unit, c), cut.end(unit, c), static_cast<acc*>(nullptr), sums);
+}
+template <class Pass, class acc>
+void finish_chunk(const MapCut& cut, const Pass& pass, int64_t unit, int64_t c, const SoftmaxSums<acc>* sums) {
+  if (cut.channels_last)
+    finish_image(pass, cut.pitch, cut.begin(unit, c), cut.end(unit, c), sums);
+  else
+    finish_plane<false>(pass, cut.begin(unit, c), cut.end(unit, c), static_cast<const acc*>(nullptr), sums);
+}
 
 // Planes of one chunk.
-template <class acc, class Pass, class Parallel>
+template <class Pass, class Parallel>
 void sweep_short_planes(const MapCut& cut, const Pass& pass, const Parallel& parallel) {
+  using acc = typename Pass::acc;
   parallel(cut.units, kGateWork * cut.plane, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<Vec<acc>[]> slots(new Vec<acc>[size_t(ceil_div(cut.plane, kLanes<acc>))]);
-    acc* const stored = reinterpret_cast<acc*>(slots.get());
-    SoftmaxSums<acc> sums;
+    const Scratch stored(size_t(cut.plane + kLanes<acc>) * sizeof(acc)), sums(sizeof(SoftmaxSums<acc>));
+    SoftmaxSums<acc>* const total = sums.as<SoftmaxSums<acc>>();
     for (int64_t unit = begin; unit < end; ++unit) {
-      gather_plane<true>(pass, cut.begin(unit, 0), cut.end(unit, 0), stored, &sums);
-      sums.normalise();
-      finish_plane<true>(pass, cut.begin(unit, 0), cut.end(unit, 0), stored, &sums);
+      gather_plane<true>(pass, cut.begin(unit, 0), cut.end(unit, 0), stored.as<acc>(), total);
+      normalise(total, 1);
+      finish_plane<true>(pass, cut.begin(unit, 0), cut.end(unit, 0), stored.as<acc>(), total);
     }
   });
 }
 
-// gather(unit, chunk, sums, scratch) and finish(unit, chunk, sums) over all chunks of all units, where `sums` and `scratch`
-// hold one entry for each vector of channels.
-template <class acc, class Gather, class Finish, class Parallel>
-void sweep_twice(const MapCut& cut, const Gather& gather, const Finish& finish, const Parallel& parallel, int64_t threads) {
+// Each thread takes whole units, so that the second sweep finds part of what the first one read in its cache.
+template <class Pass, class Parallel>
+void sweep_units(const MapCut& cut, const Pass& pass, const Parallel& parallel) {
+  using acc = typename Pass::acc;
   using Sums = SoftmaxSums<acc>;
-  const int64_t vectors = cut.vectors, chunks = cut.chunks, work = kGateWork * cut.chunk_elements();
-  const auto merge = [vectors](Sums* total, const Sums* next) {
-    for (int64_t k = 0; k < vectors; ++k) total[k].merge(next[k]);
-  };
-  const auto normalise = [vectors](Sums* total) {
-    for (int64_t k = 0; k < vectors; ++k) total[k].normalise();
-  };
-  if (chunks == 1 || cut.units >= 2 * threads) {
-    parallel(cut.units, work * chunks, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<Sums[]> memory(new Sums[size_t(2 * vectors)]);
-      const std::unique_ptr<Vec<acc>[]> scratch(new Vec<acc>[size_t(vectors)]);
-      Sums *const total = memory.get(), *const next = total + vectors;
-      for (int64_t unit = begin; unit < end; ++unit) {
-        gather(unit, 0, total, scratch.get());
-        for (int64_t c = 1; c < chunks; ++c) {
-          gather(unit, c, next, scratch.get());
-          merge(total, next);
-        }
-        normalise(total);
-        for (int64_t c = chunks - 1; c >= 0; --c) finish(unit, c, total);  // what was read last is still in cache
+  parallel(cut.units, kGateWork * cut.plane * cut.pitch, [&](int64_t begin, int64_t end) {
+    const Scratch sums(size_t(2 * cut.vectors) * sizeof(Sums)), top(size_t(cut.vectors) * sizeof(Vec<acc>));
+    Sums *const total = sums.as<Sums>(), *const next = total + cut.vectors;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      gather_chunk(cut, pass, unit, 0, total, top.as<Vec<acc>>());
+      for (int64_t c = 1; c < cut.chunks; ++c) {
+        gather_chunk(cut, pass, unit, c, next, top.as<Vec<acc>>());
+        merge(total, next, cut.vectors);
       }
-    });
-    return;
-  }
-  // Too few units for the threads: their chunks are shared out, with a pause between the sweeps.
-  const int64_t tasks = cut.units * chunks;
-  const std::unique_ptr<Sums[]> memory(new Sums[size_t(tasks * vectors)]);
-  Sums* const sums = memory.get();
+      normalise(total, cut.vectors);
+      for (int64_t c = cut.chunks - 1; c >= 0; --c) finish_chunk(cut, pass, unit, c, total);  // read last, still in cache
+    }
+  });
+}
+
+// For fewer units than keep the threads busy: their chunks are shared out, with a pause between the sweeps.
+template <class Pass, class Parallel>
+void sweep_chunks(const MapCut& cut, const Pass& pass, const Parallel& parallel) {
+  using acc = typename Pass::acc;
+  using Sums = SoftmaxSums<acc>;
+  const int64_t chunks = cut.chunks, tasks = cut.units * chunks, work = kGateWork * cut.pixels * cut.pitch;
+  const Scratch memory(size_t(tasks * cut.vectors) * sizeof(Sums));
+  Sums* const sums = memory.as<Sums>();
   parallel(tasks, work, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<Vec<acc>[]> scratch(new Vec<acc>[size_t(vectors)]);
-    for (int64_t t = begin; t < end; ++t) gather(t / chunks, t % chunks, sums + t * vectors, scratch.get());
+    const Scratch top(size_t(cut.vectors) * sizeof(Vec<acc>));
+    for (int64_t t = begin; t < end; ++t)
+      gather_chunk(cut, pass, t / chunks, t % chunks, sums + t * cut.vectors, top.as<Vec<acc>>());
   });
   for (int64_t unit = 0; unit < cut.units; ++unit) {
-    Sums* const total = sums + unit * chunks * vectors;
-    for (int64_t c = 1; c < chunks; ++c) merge(total, total + c * vectors);
-    normalise(total);
+    Sums* const total = sums + unit * chunks * cut.vectors;
+    for (int64_t c = 1; c < chunks; ++c) merge(total, total + c * cut.vectors, cut.vectors);
+    normalise(total, cut.vectors);
   }
   parallel(tasks, work, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) finish(t / chunks, t % chunks, sums + t / chunks * chunks * vectors);
+    for (int64_t t = begin; t < end; ++t)
+      finish_chunk(cut, pass, t / chunks, t % chunks, sums + t / chunks * chunks * cut.vectors);
   });
 }
 
 template <class Pass, class Parallel>
-void sweep_map(const MapProblem& p, const Pass& pass, const Parallel& parallel, int64_t threads) {
-  using acc = acc_t<typename Pass::scalar>;
-  using Sums = SoftmaxSums<acc>;
-  const MapCut cut = cut_map<acc>(p);
-  if (p.channels_last) {
-    sweep_twice<acc>(
-        cut,
-        [&](int64_t unit, int64_t c, Sums* sums, Vec<acc>* scratch) {
-          gather_image(pass, p.channels, cut.begin(unit, c), cut.end(unit, c), sums, scratch);
-        },
-        [&](int64_t unit, int64_t c, const Sums* sums) {
-          finish_image(pass, p.channels, cut.begin(unit, c), cut.end(unit, c), sums);
-        },
-        parallel, threads);
-  } else if (cut.chunks == 1) {
-    sweep_short_planes<acc>(cut, pass, parallel);
-  } else {
-    sweep_twice<acc>(
-        cut,
-        [&](int64_t unit, int64_t c, Sums* sums, Vec<acc>*) {
-          gather_plane<false>(pass, cut.begin(unit, c), cut.end(unit, c), static_cast<acc*>(nullptr), sums);
-        },
-        [&](int64_t unit, int64_t c, const Sums* sums) {
-          finish_plane<false>(pass, cut.begin(unit, c), cut.end(unit, c), static_cast<const acc*>(nullptr), sums);
-        },
-        parallel, threads);
-  }
+void sweep_map(const MapProblem& p, const Pass& pass, const Parallel& parallel) {
+  const MapCut cut = cut_map<typename Pass::acc>(p);
+  if (p.batch * p.channels * p.plane == 0) return;
+  if (!p.channels_last && cut.chunks == 1)
+    sweep_short_planes(cut, pass, parallel);
+  else if (cut.chunks == 1 || cut.units >= 2 * parallel.threads())
+    sweep_units(cut, pass, parallel);
+  else
+    sweep_chunks(cut, pass, parallel);
 }
 
 template <class scalar_t, class Parallel>
 void spatial_softmax_gate_forward(const MapProblem& p, const scalar_t* x, const scalar_t* v, const scalar_t* s, scalar_t* y,
-                                  const Parallel& parallel, int64_t threads) {
-  sweep_map(p, GateForward<scalar_t>{x, v, s, y}, parallel, threads);
+                                  const Parallel& parallel) {
+  sweep_map(p, GateForward<scalar_t>{x, v, s, y}, parallel);
 }
 
 // Either gradient may be null.
 template <class scalar_t, class Parallel>
 void spatial_softmax_gate_backward(const MapProblem& p, const scalar_t* grad_y, const scalar_t* x, const scalar_t* v,
-                                   scalar_t* grad_x, scalar_t* grad_v, const Parallel& parallel, int64_t threads) {
+                                   scalar_t* grad_x, scalar_t* grad_v, const Parallel& parallel) {
   if (grad_x)
-    sweep_map(p, GateBackward<scalar_t>{x, v, grad_y, grad_x, grad_v}, parallel, threads);
+    sweep_map(p, GateBackward<scalar_t>{x, v, grad_y, grad_x, grad_v}, parallel);
   else if (grad_v)  // p*grad_y is a forward pass with grad_y in place of v, and no s
-    sweep_map(p, GateForward<scalar_t>{x, grad_y, nullptr, grad_v}, parallel, threads);
+    sweep_map(p, GateForward<scalar_t>{x, grad_y, nullptr, grad_v}, parallel);
 }
