@@ -114,6 +114,12 @@ def _restart_keeping_memory() -> None:
         os.execve(sys.executable, command, {**os.environ, **KEEP_MEMORY})
 
 
+def _touch(size: int) -> None:
+    """Gives the allocator that much memory whose pages exist already."""
+    torch.empty(size, dtype=torch.uint8).fill_(1)
+
+
 if __name__ == "__main__":
     _restart_keeping_memory()
+    _touch(3 << 30)
     sys.exit(main())

@@ -70,8 +70,15 @@ def _outputs(result) -> list[torch.Tensor]:
 
 
 def _describe(t: torch.Tensor) -> tuple:
-    """Everything a fake tensor must get right."""
-    return tuple(t.shape), t.stride(), t.dtype, t.storage_offset(), t.requires_grad
+    """Everything a fake tensor must get right.
+
+    Gradients of weights are 6-D views; there PyTorch's own `view` gives dimensions of size one
+    another (meaningless) stride on fake tensors than on real ones.
+    """
+    strides = t.stride()
+    if t.dim() == 6:
+        strides = tuple(s for s, size in zip(strides, t.shape, strict=True) if size != 1)
+    return tuple(t.shape), strides, t.dtype, t.storage_offset(), t.requires_grad
 
 
 def _fake(args, mode: FakeTensorMode):
