@@ -2,6 +2,7 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <sstream>
 
@@ -48,9 +49,11 @@ Axis axis_of(const Window& window, int dim, int64_t in, int64_t out) {
 }
 
 void check_window(const Window& window) {
+  static constexpr int64_t largest = (int64_t(1) << 31) - 1;  // keeps every product of two sizes within 64 bits
   const auto check = [](const char* name, const Sizes& values, int64_t least) {
-    STD_TORCH_CHECK(values.size() == 2 && values[0] >= least && values[1] >= least, name, " must be two integers >= ",
-                    least, ", got ", show(values));
+    STD_TORCH_CHECK(values.size() == 2 && std::min(values[0], values[1]) >= least &&
+                        std::max(values[0], values[1]) <= largest,
+                    name, " must be two integers from ", least, " to ", largest, ", got ", show(values));
   };
   check("kernel_size", window.kernel_size, 1);
   check("stride", window.stride, 1);
