@@ -40,6 +40,7 @@ class Options:
     budget_s: float = 2.0  # measured time of one comparison
     rotate_bytes: int = 512 << 20  # more than caches hold
     max_sets: int = 1024
+    turn_calls: int = 3  # timed calls in a row of one contender
     min_rounds: int = 7
     max_rounds: int = 200
 

@@ -1,7 +1,9 @@
 """Timing: contenders take turns on cold inputs, after each of them has been checked.
 
-Speeds drift on a shared machine, but neighbours in a round drift together. So everybody runs once
-per round, A B C A B C ..., and ratios are medians of per-round ratios, not ratios of medians.
+Speeds drift on a shared machine, but neighbours in a round drift together. So everybody has one turn
+per round, A B C A B C ..., and ratios are medians of per-round ratios, not ratios of medians. A turn
+is a few calls, each on inputs that have left the caches. The first is not timed: it brings back the
+code of this contender, which the one before has displaced, and wakes the threads.
 """
 
 from __future__ import annotations
@@ -173,14 +175,23 @@ def _time_rounds(entries: list[_Entry], repeat: int, options: Options) -> None:
     clock = _clock(options.device)
     # Results live as long as inputs do, so that the allocator hands out memory that is as cold.
     results: deque[Tensors] = deque(maxlen=max(len(e.pool.sets) for e in entries))
+
+    def turn(entry: _Entry) -> float:
+        """Median time of the calls of one turn."""
+        calls = [entry.next_call() for _ in range(1 + options.turn_calls)]
+        times = []
+        for call in calls:
+            ms, result = clock(call, repeat)
+            times.append(ms)
+            results.append(result)
+        return statistics.median(times[1:])
+
     for _ in _rounds(options.budget_s / 5, 2, options.max_rounds):  # warm up
         for entry in entries:
-            results.append(clock(entry.next_call(), repeat)[1])
+            turn(entry)
     for _ in _rounds(options.budget_s, options.min_rounds, options.max_rounds):
         for entry in entries:
-            ms, result = clock(entry.next_call(), repeat)
-            entry.ms.append(ms)
-            results.append(result)
+            entry.ms.append(turn(entry))
 
 
 def _rounds(budget_s: float, at_least: int, at_most: int) -> Iterator[int]:

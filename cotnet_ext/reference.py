@@ -134,7 +134,10 @@ def group_norm_aggregation(
     `G*Cw` groups; `norm_weight` and `norm_bias` are `[G*Cw*K]` or None.
     """
     n, g, cw, k, ho, wo = weight.shape
-    flat = weight.reshape(n, g * cw * k, ho, wo)
+    # PyTorch's GroupNorm lacks derivatives of channels_last maps, and of a bias without a weight.
+    flat = weight.reshape(n, g * cw * k, ho, wo).contiguous()
+    if norm_weight is None and norm_bias is not None:
+        norm_weight = torch.ones_like(norm_bias)
     normalised = torch.group_norm(flat, g * cw, norm_weight, norm_bias, eps)
     return local_aggregation(
         input,

@@ -256,6 +256,19 @@ def test_derivatives(name, case):
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
+def test_derivatives_of_channels_last_weights():
+    case = CASES["tiny_k3"]
+    function, (x, weight, gamma, beta) = _calls(case)["group_norm_aggregation"]
+    flat = weight.flatten(1, 3).contiguous(memory_format=torch.channels_last)
+    last = flat.unflatten(1, weight.shape[1:4])
+    for tensors in ((x, last, gamma, beta), (x, last)):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+    y = function(x, last.detach().requires_grad_(), norm_bias=beta.requires_grad_())
+    assert torch.autograd.grad(y.sum(), beta)[0].shape == beta.shape
+
+
 @every_function
 def test_vmap_is_a_loop(name):
     function, tensors = _calls(CASES["odd_9x11"])[name]

@@ -122,10 +122,10 @@ def test_the_maximum_comes_last_or_first(case, rising, layout, device):
 
 @each(SOME)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("level", [0.0, -1e4, 6e4], ids=str)
 @FORMATS
-def test_equal_logits_give_the_mean(case, dtype, level, layout, device):
-    _check_logits(case, torch.full(case.input_shape, level, dtype=dtype), layout, device)
+def test_equal_logits_give_the_mean(case, dtype, layout, device):
+    for level in (0.0, -1e4, 6e4):
+        _check_logits(case, torch.full(case.input_shape, level, dtype=dtype), layout, device)
 
 
 @each(SOME)

@@ -57,7 +57,10 @@ struct PlainSink {
   int64_t plane;
 
   COTNET_INLINE void operator()(int64_t position, const Vec<acc_t<scalar_t>>* grads, int64_t count, int64_t) {
-    for (int64_t t = 0; t < taps; ++t) store_upto(grad_w + t * plane + position, grads[t], count);
+    for (int64_t t = 0; t < taps; ++t) {
+      fetch_for_store(grad_w + t * plane + position, kStoreAhead * kLanes<acc_t<scalar_t>>);
+      store_upto(grad_w + t * plane + position, grads[t], count);
+    }
   }
 };
 
@@ -70,7 +73,9 @@ class NchwTiles {
 
   NchwTiles(const AggregationProblem& problem, const Field& field)
       : p_(problem), field_(field), spread_(unpadded(problem)), gather_layout_(gather_staging<acc>(p_)),
-        spread_layout_(spread_staging<acc>(spread_)), rows_(tile_rows(problem)), arena_(elements(problem, rows_)) {
+        spread_layout_(spread_staging<acc>(spread_)), rows_(tile_rows(problem)), bands_(bands(problem, rows_)),
+        band_rows_in_(ceil_div(p_.rows.in, bands_)), band_rows_out_(ceil_div(p_.rows.out, bands_)),
+        arena_(elements(problem, rows_)) {
     const int64_t taps = p_.taps(), heads = p_.heads;
     gather_rows_ = staged_rows(p_, gather_layout_, rows_);
     spread_rows_ = staged_rows(spread_, spread_layout_, rows_);
@@ -97,9 +102,8 @@ class NchwTiles {
     const int64_t rows = std::clamp<int64_t>(fit, 1, kMaxTileRows);
     return ceil_div(height, ceil_div(height, rows));
   }
-  static int64_t bands(const AggregationProblem& p) {
-    return ceil_div(std::max(p.rows.in, p.rows.out), tile_rows(p));
-  }
+  static int64_t bands(const AggregationProblem& p, int64_t rows) { return ceil_div(std::max(p.rows.in, p.rows.out), rows); }
+  static int64_t bands(const AggregationProblem& p) { return bands(p, tile_rows(p)); }
 
   // Room for one vector per tap, free while sinks run.
   Vec<acc>* tap_buffer() { return weights_; }
@@ -114,25 +118,25 @@ class NchwTiles {
     const auto rows = rows_of(band, p_.rows.out);
     const int64_t begin = rows.first, end = rows.second;
     if (begin >= end) return;
-    const acc* const staged = stage_input(n, m, begin, end, x);
+    const acc* const staged = direct_ ? nullptr : stage_input(n, m, begin, end, x);
     const Place next = place_after(n, m, band);
     for (int64_t g = 0; g < p_.heads; ++g) {
       const auto weights = view(n, g, m);
       scalar_t* const out = y + plane_of(n, g, m) * p_.out_plane();
       const AheadTwice<scalar_t> ahead{input_ahead(next, x), weights_ahead(next, g)};
       int64_t row = begin;
-      if (pairs_rows(gather_layout_))
+      if (!direct_ && pairs_rows(gather_layout_))
         for (; row + 2 <= end; row += 2)
           weighted_sum_pair<false>(weights, row * p_.cols.out, p_.cols.out, p_.cols.dilation,
                                    staged + (row - begin) * gather_layout_.pitch, gather_layout_.pitch, gather_channel(),
                                    p_.sharing(), out + row * p_.cols.out, p_.weight_channels * p_.out_plane(),
                                    ahead.at((row - begin) * p_.cols.out));
-      for_runs(gather_layout_, begin, row, end, [&](int64_t position, int64_t length, int64_t offset) {
+      for_input_runs(n, m, begin, row, end, x, staged, [&](int64_t position, int64_t length, auto& planes) {
         const auto next_run = ahead.at(position - begin * p_.cols.out);
-        if (p_.taps() == 9) run<9>(weights, position, length, staged + offset, out, next_run);
-        else if (p_.taps() == 25) run<25>(weights, position, length, staged + offset, out, next_run);
-        else if (p_.taps() == 49) run<49>(weights, position, length, staged + offset, out, next_run);
-        else run<0>(weights, position, length, staged + offset, out, next_run);
+        if (p_.taps() == 9) run<9>(weights, position, length, planes, out, next_run);
+        else if (p_.taps() == 25) run<25>(weights, position, length, planes, out, next_run);
+        else if (p_.taps() == 49) run<49>(weights, position, length, planes, out, next_run);
+        else run<0>(weights, position, length, planes, out, next_run);
       });
     }
   }
@@ -142,7 +146,7 @@ class NchwTiles {
   void grad_weight(int64_t n, int64_t m, int64_t band, const scalar_t* x, const scalar_t* grad_y, const Sinks& sinks) {
     const auto rows = rows_of(band, p_.rows.out);
     if (rows.first >= rows.second) return;
-    const acc* const staged = stage_input(n, m, rows.first, rows.second, x);
+    const acc* const staged = direct_ ? nullptr : stage_input(n, m, rows.first, rows.second, x);
     for (int64_t g = 0; g < p_.heads; ++g) correlate_rows(n, g, m, band, rows, staged, x, grad_y, sinks(g));
   }
 
@@ -151,7 +155,7 @@ class NchwTiles {
   void grad_weight_of(int64_t n, int64_t g, int64_t m, int64_t band, const scalar_t* x, const scalar_t* grad_y, Sink&& sink) {
     const auto rows = rows_of(band, p_.rows.out);
     if (rows.first < rows.second)
-      correlate_rows(n, g, m, band, rows, stage_input(n, m, rows.first, rows.second, x), x, grad_y, sink);
+      correlate_rows(n, g, m, band, rows, direct_ ? nullptr : stage_input(n, m, rows.first, rows.second, x), x, grad_y, sink);
   }
 
   // grad_x [N, C, H, W]: one band of the input rows of unit (n, m). With reflect padding the gradient of the padded map
@@ -176,6 +180,9 @@ class NchwTiles {
 
  private:
   using Masks = std::unique_ptr<LaneMask<acc>[]>;
+  // Whether planes may be read where they are.
+  using Direct = DirectWindow<scalar_t>;
+  static constexpr bool kDirect = Direct::kPossible;
 
   // The same problem on a map that already contains its reflected border.
   static AggregationProblem unpadded(AggregationProblem p) {
@@ -209,11 +216,19 @@ class NchwTiles {
   int64_t plane_of(int64_t n, int64_t g, int64_t m) const { return (n * p_.heads + g) * p_.channels + m; }
 
   std::pair<int64_t, int64_t> rows_of(int64_t band, int64_t height) const {
-    const int64_t rows = ceil_div(height, bands(p_));
+    const int64_t rows = height == p_.rows.out ? band_rows_out_ : band_rows_in_;
     return {std::min(band * rows, height), std::min(band * rows + rows, height)};
   }
 
   void prepare_masks() {
+    if constexpr (kDirect) {
+      direct_ = Direct::fits(p_);
+      if (direct_) {
+        gathering_.prepare(p_, 1);
+        spreading_.prepare(p_, -1);
+        if (p_.heads == 1) return;
+      }
+    }
     mask_size_ = std::max(gather_rows_, spread_rows_) * std::max(p_.cols.in, p_.cols.out) + kLanes<acc>;
     const auto fill = [&](Masks& masks, const Axis& cols, int64_t sign) {
       masks.reset(new LaneMask<acc>[size_t(cols.kernel * mask_size_)]());
@@ -243,10 +258,28 @@ class NchwTiles {
     for (int64_t i = first; i < end; ++i) body(i * s.width, s.width, (i - begin) * s.row_step * s.pitch);
   }
 
-  template <int kTaps, class View, class Next>
-  void run(const View& weights, int64_t position, int64_t length, const acc* staged, scalar_t* out, const Next& next) {
-    weighted_sum<kTaps>(weights, position, length, p_.taps(), offsets_.get(), staged, gather_channel(), p_.sharing(),
-                        weights_, out + position, p_.weight_channels * p_.out_plane(), next);
+  // body(position in the map, length, planes) for the same runs, with the input planes of unit (n, m).
+  template <class Body>
+  void for_input_runs(int64_t n, int64_t m, int64_t begin, int64_t first, int64_t end, const scalar_t* x, const acc* staged,
+                      Body&& body) {
+    if constexpr (kDirect) {
+      if (direct_) {
+        const int64_t position = first * p_.cols.out;
+        auto planes = gathering_.planes(x + (n * p_.channels + m) * p_.in_plane(), p_.weight_channels * p_.in_plane(),
+                                        p_.in_plane(), position);
+        return body(position, (end - first) * p_.cols.out, planes);
+      }
+    }
+    for_runs(gather_layout_, begin, first, end, [&](int64_t position, int64_t length, int64_t offset) {
+      StagedPlanes<acc> planes{staged + offset, offsets_.get(), gather_channel()};
+      body(position, length, planes);
+    });
+  }
+
+  template <int kTaps, class View, class Planes, class Next>
+  void run(const View& weights, int64_t position, int64_t length, Planes& planes, scalar_t* out, const Next& next) {
+    weighted_sum<kTaps>(weights, position, length, p_.taps(), planes, p_.sharing(), weights_, out + position,
+                        p_.weight_channels * p_.out_plane(), next);
   }
 
   // The task that follows: the next band of the unit, or the first of the next unit.
@@ -254,7 +287,7 @@ class NchwTiles {
     int64_t n, m, band;
   };
   Place place_after(int64_t n, int64_t m, int64_t band) const {
-    if (band + 1 < bands(p_)) return {n, m, band + 1};
+    if (band + 1 < bands_) return {n, m, band + 1};
     return m + 1 < p_.weight_channels ? Place{n, m + 1, 0} : Place{std::min(n + 1, p_.batch - 1), 0, 0};
   }
   Ahead<scalar_t> input_ahead(const Place& next, const scalar_t* x) const {
@@ -278,14 +311,14 @@ class NchwTiles {
     const AheadTwice<scalar_t> ahead{input_ahead(next, x), grad_ahead(next, g, grad_y)};
     const scalar_t* const grad = grad_y + plane_of(n, g, m) * p_.out_plane();
     int64_t row = rows.first;
-    if (pairs_rows(gather_layout_))
+    if (!direct_ && pairs_rows(gather_layout_))
       for (; row + 2 <= rows.second; row += 2)
         correlate_pair(sink, row * p_.cols.out, p_.cols.out, p_.cols.dilation, grad + row * p_.cols.out,
                        p_.weight_channels * p_.out_plane(), staged + (row - rows.first) * gather_layout_.pitch,
                        gather_layout_.pitch, gather_channel(), p_.sharing(), ahead.at((row - rows.first) * p_.cols.out));
-    for_runs(gather_layout_, rows.first, row, rows.second, [&](int64_t position, int64_t length, int64_t offset) {
-      correlate(sink, position, length, p_.taps(), offsets_.get(), grad + position, p_.weight_channels * p_.out_plane(),
-                staged + offset, gather_channel(), p_.sharing(), products_, ahead.at(position - rows.first * p_.cols.out));
+    for_input_runs(n, m, rows.first, row, rows.second, x, staged, [&](int64_t position, int64_t length, auto& planes) {
+      correlate(sink, position, length, p_.taps(), planes, grad + position, p_.weight_channels * p_.out_plane(), p_.sharing(),
+                products_, ahead.at(position - rows.first * p_.cols.out));
     });
   }
 
@@ -296,23 +329,33 @@ class NchwTiles {
     const int64_t z_begin = p_.rows.source(begin, 0);
     const int64_t z_count = staged_rows(p_, gather_layout_, end - begin);
     const int64_t stride = copy_stride<acc>(gather_layout_, gather_rows_);
-    for (int64_t j = 0; j < p_.sharing(); ++j) {
-      const scalar_t* const plane = x + (n * p_.channels + m + j * p_.weight_channels) * p_.in_plane();
-      acc* const to = staged + j * gather_channel();
-      if (gather_layout_.blockwise)
-        stage_block_copies(plane, p_.rows.in, p_.cols.in, z_begin, z_count, gather_layout_.copies, -p_.cols.padding,
-                           p_.cols.dilation, against_taps_.get(), mask_size_, to, stride);
-      else
+    const int64_t plane_stride = p_.weight_channels * p_.in_plane();
+    const scalar_t* const plane = x + (n * p_.channels + m) * p_.in_plane();
+    if (gather_layout_.blockwise)
+      stage_copies(plane, plane_stride, p_.sharing(), block_of(p_.rows.in, p_.cols.in, z_begin, z_count), -p_.cols.padding,
+                   p_.cols.dilation, against_taps_.get(), staged, stride, gather_channel());
+    else
+      for (int64_t j = 0; j < p_.sharing(); ++j)
         for (int64_t v = 0; v < gather_layout_.copies; ++v)
-          stage_gather(p_, gather_layout_, plane, z_begin, z_count, v, to + v * stride);
-    }
+          stage_gather(p_, gather_layout_, plane + j * plane_stride, z_begin, z_count, v, staged + j * gather_channel() + v * stride);
     return staged;
+  }
+
+  // One copy per column tap of `channels` planes.
+  void stage_copies(const scalar_t* plane, int64_t plane_stride, int64_t channels, const Block& block, int64_t first_shift,
+                    int64_t shift_step, const LaneMask<acc>* masks, acc* to, int64_t copy_stride, int64_t channel_stride) {
+    const auto stage = p_.cols.kernel == 3 ? &stage_block_copies<3, scalar_t> : &stage_block_copies<0, scalar_t>;
+    stage(plane, plane_stride, channels, block, p_.cols.kernel, first_shift, shift_step, masks, mask_size_, to, copy_stride,
+          channel_stride);
   }
 
   // Sum over heads and taps of w[t] * grad_y, both shifted to the input position that the tap reads.
   template <class out_t>
   void grad_input_rows(int64_t n, int64_t m, int64_t begin, int64_t end, const scalar_t* grad_y, out_t* out, int64_t out_stride,
                        const Ahead<scalar_t>& ahead) {
+    if constexpr (kDirect) {
+      if (direct_ && p_.heads == 1) return grad_input_direct(n, m, begin, end, grad_y, out, out_stride, ahead);
+    }
     arena_.reset(mark_);
     const Staging& s = spread_layout_;
     const int64_t taps = p_.taps(), sharing = p_.sharing(), kw = p_.cols.kernel, rows = end - begin;
@@ -320,18 +363,18 @@ class NchwTiles {
     acc* const weights = arena_.take(p_.heads * taps * rows * s.width);
     const int64_t z_begin = begin + spread_.rows.padding - spread_.rows.extent();
     const int64_t z_count = rows + spread_.rows.extent();
+    const int64_t plane_stride = p_.weight_channels * p_.out_plane(), stride = copy_stride<acc>(s, spread_rows_);
     for (int64_t g = 0; g < p_.heads; ++g) {
-      for (int64_t j = 0; j < sharing; ++j) {
-        const scalar_t* const plane = grad_y + (plane_of(n, g, m) + j * p_.weight_channels) * p_.out_plane();
-        acc* const to = grads + (g * sharing + j) * spread_channel();
-        if (s.blockwise)
-          stage_block_copies(plane, p_.rows.out, p_.cols.out, z_begin, z_count, kw, p_.cols.padding, -p_.cols.dilation,
-                             along_taps_.get(), mask_size_, to, copy_stride<acc>(s, spread_rows_));
-        else
+      const scalar_t* const plane = grad_y + plane_of(n, g, m) * p_.out_plane();
+      acc* const to = grads + g * sharing * spread_channel();
+      if (s.blockwise)
+        stage_copies(plane, plane_stride, sharing, block_of(p_.rows.out, p_.cols.out, z_begin, z_count), p_.cols.padding,
+                     -p_.cols.dilation, along_taps_.get(), to, stride, spread_channel());
+      else
+        for (int64_t j = 0; j < sharing; ++j)
           for (int64_t v = 0; v < s.copies; ++v)
-            stage_spread(spread_, s, plane, 0, z_begin, z_count, spread_first(s.copies == 1 ? kw - 1 : v), s.length, s.pitch,
-                         static_cast<const LaneMask<acc>*>(nullptr), to + v * copy_stride<acc>(s, spread_rows_));
-      }
+            stage_spread(spread_, s, plane + j * plane_stride, 0, z_begin, z_count, spread_first(s.copies == 1 ? kw - 1 : v),
+                         s.length, s.pitch, static_cast<const LaneMask<acc>*>(nullptr), to + j * spread_channel() + v * stride);
       stage_weights(view(n, g, m), begin, rows, weights + g * taps * rows * s.width);
     }
     const PlainWeights<acc> staged_weights{weights, p_.heads * taps, rows * s.width};
@@ -343,13 +386,40 @@ class NchwTiles {
                                 Ahead<scalar_t>{ahead.start + row * s.width, ahead.streams, ahead.stride});
     for_runs(s, 0, row, rows, [&](int64_t position, int64_t length, int64_t offset) {
       const auto sum = [&](auto kTaps) {
-        weighted_sum<decltype(kTaps)::value>(staged_weights, position, length, p_.heads * taps, offsets_.get() + taps, grads + offset,
-                                             spread_channel(), sharing, weights_, out + position, out_stride,
+        StagedPlanes<acc> planes{grads + offset, offsets_.get() + taps, spread_channel()};
+        weighted_sum<decltype(kTaps)::value>(staged_weights, position, length, p_.heads * taps, planes, sharing, weights_,
+                                             out + position, out_stride,
                                              Ahead<scalar_t>{ahead.start + position, ahead.streams, ahead.stride});
       };
       if (p_.heads * taps == 9) sum(std::integral_constant<int, 9>());
       else sum(std::integral_constant<int, 0>());
     });
+  }
+
+  // The same where nothing needs staging.
+  template <class out_t>
+  void grad_input_direct(int64_t n, int64_t m, int64_t begin, int64_t end, const scalar_t* grad_y, out_t* out,
+                         int64_t out_stride, const Ahead<scalar_t>& ahead) {
+    const int64_t position = begin * p_.cols.in, plane = p_.out_plane();
+    auto planes = spreading_.planes(grad_y + plane_of(n, 0, m) * plane, p_.weight_channels * plane, plane, position);
+    const auto source = view(n, 0, m);
+    const acc* start = nullptr;
+    int64_t tap_stride = plane;
+    if constexpr (Field::View::kPlain) {
+      start = source.w;
+    } else {
+      arena_.reset(mark_);
+      const auto [transformed, first, size] = transform_weights(source, begin, end - begin);
+      start = transformed - first * p_.cols.out;
+      tap_stride = size;
+    }
+    const auto weights = spreading_.weights(start, tap_stride, planes);
+    const auto sum = [&](auto kTaps) {
+      weighted_sum<decltype(kTaps)::value>(weights, 0, (end - begin) * p_.cols.in, p_.taps(), planes, p_.sharing(), weights_,
+                                           out, out_stride, ahead);
+    };
+    if (p_.taps() == 9) sum(std::integral_constant<int, 9>());
+    else sum(std::integral_constant<int, 0>());
   }
 
   int64_t spread_first(int64_t v) const { return spread_.cols.padding - v * spread_.cols.dilation; }
@@ -368,20 +438,38 @@ class NchwTiles {
     if constexpr (Field::View::kPlain) {
       stage(source.w, source.plane, 0);
     } else {
-      // The transform mixes the taps of one output position: it runs once over the output rows within reach.
-      const int64_t first = std::max<int64_t>(begin + axis.padding - axis.extent(), 0) / axis.stride;
-      const int64_t last = std::min((begin + rows - 1 + axis.padding) / axis.stride, axis.out - 1);
-      const int64_t size = std::max<int64_t>(last - first + 1, 0) * p_.cols.out;
       const int64_t before = arena_.mark();
-      acc* const transformed = arena_.take(p_.taps() * size);
-      for (int64_t q = 0; q < size; q += kLanes<acc>) {
-        const int64_t count = std::min<int64_t>(kLanes<acc>, size - q);
-        source.template block<0>(weights_, first * p_.cols.out + q, count);
-        for (int64_t t = 0; t < p_.taps(); ++t) store_upto(transformed + t * size + q, weights_[t], count);
-      }
+      const auto [transformed, first, size] = transform_weights(source, begin, rows);
       stage(static_cast<const acc*>(transformed), size, first);
       arena_.reset(before);
     }
+  }
+
+  struct Transformed {
+    acc* weights;        // [K, size]
+    int64_t first, size;  // output row they start with, elements of a tap
+  };
+  // The transform mixes the taps of one output position: it runs once over the output rows that input rows
+  // [begin, begin + rows) feed.
+  Transformed transform_weights(const typename Field::View& source, int64_t begin, int64_t rows) {
+    const Axis& axis = spread_.rows;
+    const int64_t first = std::max<int64_t>(begin + axis.padding - axis.extent(), 0) / axis.stride;
+    const int64_t last = std::min((begin + rows - 1 + axis.padding) / axis.stride, axis.out - 1);
+    const int64_t size = std::max<int64_t>(last - first + 1, 0) * p_.cols.out;
+    acc* const transformed = arena_.take(p_.taps() * size);
+    for (int64_t q = 0; q < size; q += kLanes<acc>) {
+      const int64_t count = std::min<int64_t>(kLanes<acc>, size - q);
+      if (p_.taps() == 9) transform<9>(source, first * p_.cols.out + q, count, transformed + q, size);
+      else transform<0>(source, first * p_.cols.out + q, count, transformed + q, size);
+    }
+    return {transformed, first, size};
+  }
+  template <int kTaps>
+  COTNET_INLINE void transform(const typename Field::View& source, int64_t position, int64_t count, acc* to, int64_t size) {
+    Vec<acc> registers[kTaps ? kTaps : 1];
+    Vec<acc>* const w = kTaps ? registers : weights_;
+    source.template block<kTaps>(w, position, count);
+    for (int64_t t = 0; t < (kTaps ? kTaps : p_.taps()); ++t) store_upto(to + t * size, w[t], count);
   }
 
   // Adds the gradient of a reflected border to the positions it mirrors.
@@ -410,12 +498,15 @@ class NchwTiles {
   const Field field_;
   const AggregationProblem spread_;
   const Staging gather_layout_, spread_layout_;
-  const int64_t rows_;
+  const int64_t rows_, bands_;
+  const int64_t band_rows_in_, band_rows_out_;  // of a band of the input map, of the output map
   Arena<acc> arena_;
   int64_t gather_rows_ = 0, spread_rows_ = 0, mask_size_ = 0, mark_ = 0;
   std::unique_ptr<int64_t[]> offsets_;  // [1 + G][K]: taps in the staged input, then in the staged gradients of each head
   Masks along_taps_, against_taps_;     // [kw, mask_size_]
   std::unique_ptr<acc[]> padded_;
+  bool direct_ = false;
+  Direct gathering_, spreading_;  // if so: the window seen from the output, and from the input
   Vec<acc>* weights_;
   Vec<acc>* products_;
   acc* tables_;

@@ -119,6 +119,23 @@ COTNET_INLINE void store_upto(scalar_t* p, Vec<acc_t<scalar_t>> v, int64_t count
     store_first(p, v, count);
 }
 
+// Keeps a loaded vector in its register. Otherwise the compiler loads it again for every product that it enters, and
+// the products wait for the load ports.
+template <class V>
+COTNET_INLINE void keep_loaded([[maybe_unused]] V& v) {
+#if COTNET_X86
+  asm("" : "+v"(v));
+#endif
+}
+
+// Asks for lines that will be written a little later. A store fetches its line first; a thread that waits for that can
+// keep only a few stores under way.
+constexpr int kStoreAhead = 4;  // vectors
+template <class scalar_t>
+COTNET_INLINE void fetch_for_store(scalar_t* p, int64_t distance) {
+  __builtin_prefetch(p + distance, 0, 3);
+}
+
 // ---- arithmetic --------------------------------------------------------------------------------------------
 
 template <class V>

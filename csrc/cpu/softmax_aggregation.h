@@ -4,6 +4,7 @@
 #include "cpu/stage.h"
 #include "cpu/weights.h"
 #include "cpu/window_nchw.h"
+#include "cpu/direct_nchw.h"
 #include "cpu/aggregation_nchw.h"
 #include "cpu/window_nhwc.h"
 #include "cpu/aggregation_nhwc.h"

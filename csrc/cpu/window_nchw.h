@@ -107,10 +107,9 @@ void spread_offsets(const AggregationProblem& p, const Staging& s, int64_t rows,
 // Which columns stay within the row when moved by `shift`, as lane masks over `rows` rows.
 template <class acc>
 void column_mask(int64_t rows, int64_t width, int64_t shift, LaneMask<acc>* mask) {
-  for (int64_t q = 0; q < rows * width; ++q) {
-    const int64_t column = q % width + shift;
-    mask[q] = column >= 0 && column < width ? -1 : 0;
-  }
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = 0; column < width; ++column)
+      *mask++ = column + shift >= 0 && column + shift < width ? -1 : 0;
 }
 
 // Rows z_begin, z_begin + 1, ... of a plane that exist, as one block.
@@ -134,28 +133,35 @@ void stage_block(const scalar_t* plane, int64_t height, int64_t width, int64_t z
   stage_zeros(to + b.top + b.size, b.bottom);
 }
 
-// All copies at once, shifted by first_shift, first_shift + shift_step, ...: each vector is loaded once and stored to
-// every copy, moved by its shift. Here `masks` are by source: the columns of the plane that a copy keeps.
-template <class scalar_t>
-void stage_block_copies(const scalar_t* plane, int64_t height, int64_t width, int64_t z_begin, int64_t z_count,
-                        int64_t copies, int64_t first_shift, int64_t shift_step, const LaneMask<acc_t<scalar_t>>* masks,
-                        int64_t mask_stride, acc_t<scalar_t>* to, int64_t stride) {
+// All copies of `channels` planes at once, shifted by first_shift, first_shift + shift_step, ...: each vector is loaded
+// once and stored to every copy, moved by its shift. Here `masks` are by source: the columns of the plane that a copy
+// keeps, the same for all channels. kCopies is the number of copies, or 0 for `copies`.
+template <int kCopies, class scalar_t>
+void stage_block_copies(const scalar_t* plane, int64_t plane_stride, int64_t channels, const Block& b, int64_t copies,
+                        int64_t first_shift, int64_t shift_step, const LaneMask<acc_t<scalar_t>>* masks, int64_t mask_stride,
+                        acc_t<scalar_t>* to, int64_t copy_stride, int64_t channel_stride) {
   using acc = acc_t<scalar_t>;
-  const Block b = block_of(height, width, z_begin, z_count);
-  for (int64_t v = 0; v < copies; ++v)
-    stage_zeros(to + v * stride, b.top + std::max<int64_t>(-(first_shift + v * shift_step), 0));
+  if (kCopies) copies = kCopies;
+  for (int64_t j = 0; j < channels; ++j)
+    for (int64_t v = 0; v < copies; ++v)
+      stage_zeros(to + j * channel_stride + v * copy_stride, b.top + std::max<int64_t>(-(first_shift + v * shift_step), 0));
   for (int64_t q = 0; q < b.size; q += kLanes<acc>) {
-    const Vec<acc> x = load_upto(plane + b.start + q, b.size - q);
-    for (int64_t v = 0; v < copies; ++v) {
-      Mask<acc> mask;
-      std::memcpy(&mask, masks + v * mask_stride + q, sizeof(mask));
-      store(to + v * stride + b.top + q - (first_shift + v * shift_step), keep(mask, x));
+    Mask<acc> kept[kCopies ? kCopies : 1];
+    for (int v = 0; v < kCopies; ++v) std::memcpy(&kept[v], masks + v * mask_stride + q, sizeof(Mask<acc>));
+    for (int64_t j = 0; j < channels; ++j) {
+      const Vec<acc> x = load_upto(plane + j * plane_stride + b.start + q, b.size - q);
+      acc* const start = to + j * channel_stride + b.top + q - first_shift;
+      for (int64_t v = 0; v < copies; ++v) {
+        if (!kCopies) std::memcpy(&kept[0], masks + v * mask_stride + q, sizeof(Mask<acc>));
+        store(start + v * (copy_stride - shift_step), keep(kept[kCopies ? v : 0], x));
+      }
     }
   }
-  for (int64_t v = 0; v < copies; ++v) {
-    const int64_t missing = std::max<int64_t>(first_shift + v * shift_step, 0);
-    stage_zeros(to + v * stride + b.top + b.size - missing, missing + b.bottom);
-  }
+  for (int64_t j = 0; j < channels; ++j)
+    for (int64_t v = 0; v < copies; ++v) {
+      const int64_t missing = std::max<int64_t>(first_shift + v * shift_step, 0);
+      stage_zeros(to + j * channel_stride + v * copy_stride + b.top + b.size - missing, missing + b.bottom);
+    }
 }
 
 // Copy `v` of an input plane row by row: staged row i holds input row z_begin + i.
@@ -219,37 +225,56 @@ struct AheadTwice {
   }
 };
 
+// ---- where the values under a window come from -------------------------------------------------------------------------
+// move_to(q) chooses a vector of positions; tap(t) then hands out what tap t reads for it, channel by channel.
+
+// Staged planes: every tap is a stream at its own offset.
+template <class acc>
+struct StagedPlanes {
+  const acc* staged;
+  const int64_t* offsets;  // of the taps
+  int64_t channel_stride;
+  const acc* at = nullptr;
+
+  struct Tap {
+    const acc* at;
+    int64_t channel_stride;
+    COTNET_INLINE Vec<acc> channel(int64_t j) const { return load(at + j * channel_stride); }
+  };
+  COTNET_INLINE void move_to(int64_t q) { at = staged + q; }
+  COTNET_INLINE Tap tap(int64_t t) const { return {at + offsets[t], channel_stride}; }
+};
+
 // ---- the two sums ------------------------------------------------------------------------------------------------
 
-// sums[j] = sum over taps of w[t] * x[j][t] for kChannels channels of one vector of positions: each weight vector is
-// loaded once for all of them, and their chains of additions run in parallel.
+// y[j] = sum over taps of w[t] * x[j][t] for kChannels channels, from `first` on, of one vector of positions: each weight
+// vector is loaded once for all of them, and their chains of additions run in parallel.
 // The loop over taps stays a loop: unrolled, the compiler computes one address per product instead of one per tap.
-template <int kChannels, class acc>
-COTNET_INLINE void sum_over_taps(const Vec<acc>* w, int64_t taps, const int64_t* offsets, const acc* staged,
-                                 int64_t channel_stride, Vec<acc>* sums) {
+template <int kChannels, int kTaps, class Planes, class scalar_t>
+COTNET_INLINE void sum_channels(const Vec<acc_t<scalar_t>>* w, int64_t taps, const Planes& planes, int64_t first, scalar_t* y,
+                                int64_t y_stride, int64_t count) {
+  using acc = acc_t<scalar_t>;
+  Vec<acc> sums[kChannels] = {};
 #pragma GCC unroll 1
-  for (int64_t t = 0; t < taps; ++t) {
-    const acc* const x = staged + offsets[t];
+  for (int64_t t = 0; t < (kTaps ? kTaps : taps); ++t) {
+    auto tap = planes.tap(t);
+    tap.at += first * tap.channel_stride;
     const Vec<acc> wt = w[t];
 #pragma GCC unroll 8
-    for (int j = 0; j < kChannels; ++j) sums[j] += wt * load(x + j * channel_stride);
+    for (int j = 0; j < kChannels; ++j) sums[j] += wt * tap.channel(j);
+  }
+  for (int j = 0; j < kChannels; ++j) {
+    fetch_for_store(y + (first + j) * y_stride, kStoreAhead * kLanes<acc>);
+    store_upto(y + (first + j) * y_stride, sums[j], count);
   }
 }
 
-template <int kChannels, int kTaps, class scalar_t, class acc>
-COTNET_INLINE void sum_channels(const Vec<acc>* w, int64_t taps, const int64_t* offsets, const acc* staged,
-                                int64_t channel_stride, scalar_t* y, int64_t y_stride, int64_t count) {
-  Vec<acc> sums[kChannels] = {};
-  sum_over_taps<kChannels>(w, kTaps ? kTaps : taps, offsets, staged, channel_stride, sums);
-  for (int j = 0; j < kChannels; ++j) store_upto(y + j * y_stride, sums[j], count);
-}
-
-// y[j][q] = sum over taps of weights(t, position + q) * staged[j][q + offsets[t]] for a run of positions q.
+// y[j][q] = sum over taps of weights(t, position + q) * x[j][t] for a run of positions q.
 // The last vector of a run is moved back to end with it: positions computed twice get the same value twice.
-template <int kTaps, class Weights, class Next, class scalar_t, class acc>
-void weighted_sum(const Weights& weights, int64_t position, int64_t length, int64_t taps, const int64_t* offsets,
-                  const acc* staged, int64_t channel_stride, int64_t channels, Vec<acc>* buffer, scalar_t* y,
-                  int64_t y_stride, const Next& next) {
+template <int kTaps, class Weights, class Planes, class Next, class scalar_t>
+void weighted_sum(const Weights& weights, int64_t position, int64_t length, int64_t taps, Planes& planes, int64_t channels,
+                  Vec<acc_t<scalar_t>>* buffer, scalar_t* y, int64_t y_stride, const Next& next) {
+  using acc = acc_t<scalar_t>;
   constexpr int lanes = kLanes<acc>;
   Vec<acc> registers[kTaps ? kTaps : 1];
   Vec<acc>* const w = kTaps ? registers : buffer;
@@ -257,50 +282,46 @@ void weighted_sum(const Weights& weights, int64_t position, int64_t length, int6
     if (q + lanes > length && length >= lanes) q = length - lanes;
     const int64_t count = std::min<int64_t>(lanes, length - q);
     next.fetch(q);
+    planes.move_to(q);
     weights.template block<kTaps>(w, position + q, count);
     int64_t j = 0;
-    for (; j + 8 <= channels; j += 8)
-      sum_channels<8, kTaps>(w, taps, offsets, staged + q + j * channel_stride, channel_stride, y + q + j * y_stride,
-                             y_stride, count);
-    for (; j + 2 <= channels; j += 2)
-      sum_channels<2, kTaps>(w, taps, offsets, staged + q + j * channel_stride, channel_stride, y + q + j * y_stride,
-                             y_stride, count);
-    if (j < channels)
-      sum_channels<1, kTaps>(w, taps, offsets, staged + q + j * channel_stride, channel_stride, y + q + j * y_stride,
-                             y_stride, count);
+    for (; j + 8 <= channels; j += 8) sum_channels<8, kTaps>(w, taps, planes, j, y + q, y_stride, count);
+    for (; j + 2 <= channels; j += 2) sum_channels<2, kTaps>(w, taps, planes, j, y + q, y_stride, count);
+    if (j < channels) sum_channels<1, kTaps>(w, taps, planes, j, y + q, y_stride, count);
   }
 }
 
-// products[t] = sum over channels of g[j] * x[j][t] for kChunk taps of one vector of positions.
-template <int kChunk, class scalar_t, class acc>
-COTNET_INLINE void sum_over_channels(const scalar_t* g, int64_t g_stride, const acc* staged, int64_t channel_stride,
-                                     const int64_t* offsets, int64_t channels, int64_t count, Vec<acc>* products) {
+// products[t] = sum over channels of g[j] * x[j][t] for kChunk taps, from `first` on, of one vector of positions.
+template <int kChunk, class Planes, class scalar_t>
+COTNET_INLINE void sum_over_channels(const scalar_t* g, int64_t g_stride, const Planes& planes, int64_t first, int64_t channels,
+                                     int64_t count, Vec<acc_t<scalar_t>>* products) {
+  using acc = acc_t<scalar_t>;
   Vec<acc> sums[kChunk] = {};
+  decltype(planes.tap(0)) tap[kChunk];
+  for (int t = 0; t < kChunk; ++t) tap[t] = planes.tap(first + t);
   for (int64_t j = 0; j < channels; ++j) {
     const Vec<acc> gj = load_upto(g + j * g_stride, count);
-    for (int t = 0; t < kChunk; ++t) sums[t] += gj * load(staged + j * channel_stride + offsets[t]);
+    for (int t = 0; t < kChunk; ++t) sums[t] += gj * tap[t].channel(j);
   }
-  for (int t = 0; t < kChunk; ++t) products[t] = sums[t];
+  for (int t = 0; t < kChunk; ++t) products[first + t] = sums[t];
 }
 
 // sink(position + q, products, count, fresh) for every vector of a run, where products[t] is the gradient of weight t:
-// sum over channels of g[j][q] * staged[j][q + offsets[t]]. Lanes before `fresh` were handed over already.
-template <class Sink, class Next, class scalar_t, class acc>
-void correlate(Sink& sink, int64_t position, int64_t length, int64_t taps, const int64_t* offsets, const scalar_t* g,
-               int64_t g_stride, const acc* staged, int64_t channel_stride, int64_t channels, Vec<acc>* products,
-               const Next& next) {
+// sum over channels of g[j][q] * x[j][t]. Lanes before `fresh` were handed over already.
+template <class Sink, class Planes, class Next, class scalar_t>
+void correlate(Sink& sink, int64_t position, int64_t length, int64_t taps, Planes& planes, const scalar_t* g, int64_t g_stride,
+               int64_t channels, Vec<acc_t<scalar_t>>* products, const Next& next) {
+  using acc = acc_t<scalar_t>;
   constexpr int lanes = kLanes<acc>;
   for (int64_t q = 0, done = 0; q < length; q += lanes) {
     if (q + lanes > length && length >= lanes) q = length - lanes;
     const int64_t count = std::min<int64_t>(lanes, length - q);
     next.fetch(q);
+    planes.move_to(q);
     int64_t t = 0;
-    for (; t + 9 <= taps; t += 9)
-      sum_over_channels<9>(g + q, g_stride, staged + q, channel_stride, offsets + t, channels, count, products + t);
-    for (; t + 3 <= taps; t += 3)
-      sum_over_channels<3>(g + q, g_stride, staged + q, channel_stride, offsets + t, channels, count, products + t);
-    for (; t < taps; ++t)
-      sum_over_channels<1>(g + q, g_stride, staged + q, channel_stride, offsets + t, channels, count, products + t);
+    for (; t + 9 <= taps; t += 9) sum_over_channels<9>(g + q, g_stride, planes, t, channels, count, products);
+    for (; t + 3 <= taps; t += 3) sum_over_channels<3>(g + q, g_stride, planes, t, channels, count, products);
+    for (; t < taps; ++t) sum_over_channels<1>(g + q, g_stride, planes, t, channels, count, products);
     sink(position + q, products, count, done - q);
     done = q + lanes;
   }
@@ -338,11 +359,13 @@ void weighted_sum_pair(const Weights& weights, int64_t position, int64_t length,
       for (int r = 0; r < 4; ++r) {
 #pragma GCC unroll 3
         for (int v = 0; v < 3; ++v) {
-          const Vec<acc> x = load(staged + j * channel_stride + r * pitch + v * column_step + q);
+          Vec<acc> x = load(staged + j * channel_stride + r * pitch + v * column_step + q);
+          keep_loaded(x);
           if (r < 3) above += upper[tap_at<kTurned>(r, v)] * x;
           if (r > 0) below += lower[tap_at<kTurned>(r - 1, v)] * x;
         }
       }
+      for (int64_t row = 2; row < 4; ++row) fetch_for_store(y + j * y_stride + q, row * length);
       store_upto(y + j * y_stride + q, above, count);
       store_upto(y + j * y_stride + length + q, below, count);
     }
@@ -365,7 +388,8 @@ void correlate_pair(Sink& sink, int64_t position, int64_t length, int64_t column
       for (int r = 0; r < 4; ++r) {
 #pragma GCC unroll 3
         for (int v = 0; v < 3; ++v) {
-          const Vec<acc> x = load(staged + j * channel_stride + r * pitch + v * column_step + q);
+          Vec<acc> x = load(staged + j * channel_stride + r * pitch + v * column_step + q);
+          keep_loaded(x);
           if (r < 3) upper[3 * r + v] += above * x;
           if (r > 0) lower[3 * r - 3 + v] += below * x;
         }

@@ -108,7 +108,10 @@ AggregationProblem grad_input_problem(const Tensor& grad, const Tensor& weight, 
   check_dim("grad", grad, 4);
   check_dim("weight", weight, 6);
   check_alike({{"grad", &grad}, {"weight", &weight}});
-  STD_TORCH_CHECK(input_size.size() == 2, "input_size must be two integers, got ", show(input_size));
+  static constexpr int64_t largest = int64_t(1) << 62;  // leaves room for the padding
+  STD_TORCH_CHECK(input_size.size() == 2 && std::min(input_size[0], input_size[1]) >= 0 &&
+                      std::max(input_size[0], input_size[1]) <= largest,
+                  "input_size must be two sizes, got ", show(input_size));
   const int64_t heads = weight.size(1);
   STD_TORCH_CHECK(heads > 0 && grad.size(1) % heads == 0, "grad must have a multiple of ", heads, " channels, got shape ",
                   show(grad.sizes()));
