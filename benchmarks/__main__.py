@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 import importlib
 import json
-import os
 import pkgutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,13 +26,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 1 when a contender failed or gave a wrong result."""
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen = _parser().parse_args(arguments)
+    benchmarks = chosen.only or names()
+    if len(benchmarks) > 1 and not chosen.quick:
+        return max(_run_alone(name, arguments) for name in benchmarks)
     torch.set_num_threads(chosen.threads)
     common = {**environment.describe(chosen.device, arguments), "cold": not chosen.warm}
     path = chosen.out or _default_path(common["device"], chosen.quick)
     path.parent.mkdir(parents=True, exist_ok=True)
     failures = 0
     with path.open("a") as file:
-        for row in _rows(chosen.only or names(), _options(chosen)):
+        for row in _rows(benchmarks, _options(chosen)):
             file.write(json.dumps({**common, **row}) + "\n")
             file.flush()
             print(_line(row), flush=True)
@@ -41,6 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
     if failures:
         print(f"{failures} of the above failed and were not timed", file=sys.stderr)
     return int(failures > 0)
+
+
+def _run_alone(name: str, arguments: list[str]) -> int:
+    """One benchmark in a process of its own: what memory costs, and so the time of whoever makes
+    large temporaries, depends on what a process has allocated and freed before."""
+    command = [sys.executable, "-m", __package__, *arguments, "--only", name]
+    return subprocess.run(command, check=False).returncode
 
 
 def names() -> list[str]:
@@ -101,25 +111,5 @@ def _line(row: dict) -> str:
     )
 
 
-# glibc gives large freed blocks back to the system, and every result then costs a page fault per
-# 4 KB: half of the time of a call that writes at the speed of memory, for any contender. Programs
-# that run for long use an allocator that keeps its memory; these settings make glibc do the same.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-
-
-def _restart_keeping_memory() -> None:
-    """The allocator reads its settings when the process starts."""
-    if sys.platform == "linux" and not KEEP_MEMORY.keys() <= os.environ.keys():
-        command = [sys.executable, "-m", __package__, *sys.argv[1:]]
-        os.execve(sys.executable, command, {**os.environ, **KEEP_MEMORY})
-
-
-def _touch(size: int) -> None:
-    """Gives the allocator that much memory whose pages exist already."""
-    torch.empty(size, dtype=torch.uint8).fill_(1)
-
-
 if __name__ == "__main__":
-    _restart_keeping_memory()
-    _touch(3 << 30)
     sys.exit(main())

@@ -1,9 +1,9 @@
 """Timing: contenders take turns on cold inputs, after each of them has been checked.
 
-Speeds drift on a shared machine, but neighbours in a round drift together. So everybody has one turn
-per round, A B C A B C ..., and ratios are medians of per-round ratios, not ratios of medians. A turn
-is a few calls, each on inputs that have left the caches. The first is not timed: it brings back the
-code of this contender, which the one before has displaced, and wakes the threads.
+Speeds drift on a shared machine, but neighbours in a round drift together. So everybody has one
+turn per round, A B C A B C ..., and ratios are medians of per-round ratios, not ratios of medians.
+A turn is a few calls, each on inputs that have left the caches. The first is not timed: it brings
+back the code of this contender, which the one before has displaced, and wakes the threads.
 """
 
 from __future__ import annotations
