@@ -103,11 +103,16 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
     if not _is_plain(module, nn.Sequential):
         return module(x)
     parts = list(module)
+    ours = False  # whether x is a result of this function, which nobody else sees
     while parts:
         part = parts.pop(0)
-        if not _is_plain(part, nn.Conv2d) or part.padding_mode != "zeros":
-            x = part(x)
+        if ours and _is_plain(part, nn.ReLU) and not torch.is_grad_enabled():
+            x = x.relu_()
             continue
+        if not _is_plain(part, nn.Conv2d) or part.padding_mode != "zeros":
+            x, ours = part(x), False
+            continue
+        ours = True
         folds = bool(parts) and _is_foldable(parts[0], part.weight)
         x = _convolve(part, parts.pop(0) if folds else None, x)
     return x
@@ -160,12 +165,16 @@ def _product_per_image(
 ) -> Tensor:
     """`_pointwise` of NCHW maps as `[N*groups, O, C] @ [N*groups, C, H*W]`."""
     n, c, h, w = maps[0].shape
-    total = None if bias is None else bias.view(groups, -1, 1).repeat(n, 1, 1)
+    # The bias comes first where its gradient is recorded: the sum is then one operation with the
+    # product. Without a gradient the result takes it in place, which needs no copies of the bias.
+    recorded = torch.is_grad_enabled()
+    total = bias.view(groups, -1, 1).repeat(n, 1, 1) if recorded and bias is not None else None
     for x, weight in zip(maps, weights, strict=True):
         pixels = x.reshape(n * groups, c // groups, h * w)
         weight = weight.unflatten(0, (groups, -1)).expand(n, -1, -1, -1).flatten(0, 1)
         total = weight.bmm(pixels) if total is None else torch.baddbmm(total, weight, pixels)
-    return total.view(n, weights[0].shape[0], h, w)
+    total = total.view(n, weights[0].shape[0], h, w)
+    return total if recorded or bias is None else total.add_(bias.view(-1, 1, 1))
 
 
 def _join(
