@@ -113,6 +113,12 @@ def default_arch_list(known: Iterable[str]) -> str:
     return ";".join(chosen) + "+PTX"
 
 
+def nvcc_threads(jobs: int, files: int) -> int:
+    """GPU generations that one nvcc compiles at a time, so that `jobs` processors all have work:
+    with more files than processors, files side by side are enough and need less memory."""
+    return max(1, jobs // max(1, files))
+
+
 def nvcc_release(text: str) -> str | None:
     """ "12.8" out of what `nvcc --version` prints."""
     match = re.search(r"release (\d+\.\d+)", text)
