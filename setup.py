@@ -57,7 +57,7 @@ def compile_flags(definitions: dict[str, str], nvcc_threads: int) -> dict[str, l
     cxx += ["-fno-math-errno", "-fno-trapping-math"]
     cxx += ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
     cxx += ["-march=native"] * switch("COTNET_EXT_NATIVE")
-    # No fast math either. Line numbers cost nothing at run time; profilers and sanitizers show them.
+    # No fast math either. Line numbers are for profilers and sanitizers and cost no time.
     nvcc = ["-O0", "-g", "-G"] if debug else ["-O3", "-lineinfo"]
     nvcc += [f"--threads={nvcc_threads}", "-Xcompiler=-fvisibility=hidden"]
     # USE_CUDA: torch's headers then declare the functions that know streams and launch errors.
