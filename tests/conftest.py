@@ -33,6 +33,8 @@ def pytest_configure(config) -> None:
 
 def pytest_generate_tests(metafunc) -> None:
     """A test that takes `device` runs wherever there are kernels, one of `cuda` on a GPU."""
+    if not {"device", "cuda"} & set(metafunc.fixturenames):
+        return
     devices = available_devices()
     only = metafunc.config.getoption("--device")
     if only and only not in devices:
