@@ -103,8 +103,8 @@ def write_reports(outcomes: list[Outcome], folder: Path) -> list[Path]:
     with rows.open("w") as file:
         for outcome in outcomes:
             file.write(json.dumps(_row(outcome)) + "\n")
-        for outcome in outcomes:
-            for row in _left(outcome):
+        for path in dict.fromkeys(outcome.stage.rows for outcome in outcomes):
+            for row in _rows_in(path):
                 file.write(json.dumps({"kind": "benchmark", **row}) + "\n")
     text.write_text("\n".join([summary(outcomes), *map(_log, outcomes)]))
     return [rows, text]
@@ -122,9 +122,8 @@ def _row(outcome: Outcome) -> dict:
     }
 
 
-def _left(outcome: Outcome) -> list[dict]:
-    """The rows that a stage wrote, up to where it was ended."""
-    path = outcome.stage.rows
+def _rows_in(path: Path | None) -> list[dict]:
+    """The rows that stages wrote, up to where the last was ended."""
     if path is None or not path.exists():
         return []
     found = []
@@ -178,7 +177,8 @@ def stages(folder: Path) -> list[Stage]:
     # Each tensor in an allocation of its own, so that a step beyond its end is seen.
     alone = {**env, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     rows = folder / "benchmarks.jsonl"
-    bench = [python, "-m", "benchmarks", "--device=cuda", f"--out={rows}"]
+    bench = [python, "-m", "benchmarks", "--device=cuda", f"--out={rows}", "--budget=0.1"]
+    one, most = ["--only", FUNCTIONS[0]], ["--only", *FUNCTIONS, "modules"]
 
     def sanitized(tool: str) -> Stage:
         command = [*sanitizer, f"--tool={tool}", python, *pytest, "-x", *small]
@@ -192,8 +192,10 @@ def stages(folder: Path) -> list[Stage]:
         Stage("tests", [python, *pytest, *parallel], 180, env),
         sanitized("memcheck"),
         sanitized("racecheck"),
-        Stage("benchmarks", [*bench, "--no-compile", "--budget=0.1"], 150, env, rows),
-        Stage("compiled", [*bench, "--only", "local_aggregation", "--budget=0.1"], 150, env),
+        Stage("warm", [*bench, "--warm", "--no-compile", *one], 40, env, rows),
+        Stage("benchmarks", [*bench, "--no-compile", *most], 120, env, rows),
+        # Compilation takes most of the time, so it comes last, for two dtypes.
+        Stage("compiled", [*bench, *one, "--dtypes", "float32", "bfloat16"], 200, env, rows),
     ]
 
 
@@ -245,6 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"no stage {', '.join(sorted(unknown))}: {[stage.name for stage in todo]}")
     todo = [stage for stage in todo if not chosen.only or stage.name in chosen.only]
+    for old in {stage.rows for stage in todo if stage.rows}:
+        old.unlink(missing_ok=True)
     outcomes = run_all(todo, 60 * chosen.minutes)
     print(summary(outcomes), *write_reports(outcomes, chosen.out.resolve()), sep="\n")
     return int(any(outcome.bad for outcome in outcomes))
