@@ -20,10 +20,12 @@ class Budget:
     registers: int  # a thread's at most
     why: str
     stack: int = 0  # bytes of a thread that may live in memory: none, nothing is spilled
-    wide: bool = False  # 16 bytes per global access, or bulk copies, for what the kernel streams
-    narrow_loads: int = 0  # load instructions of fewer bytes that a wide kernel may have beside
-    narrow_stores: int = 0
-    wide_since: int = 0  # the first architecture on which `wide` holds, such as 90
+    # Instructions in the code, where a bulk copy stands for any number of accesses of 16 bytes.
+    wide_loads: int = 0  # global loads of 16 bytes, at least
+    wide_stores: int = 0
+    narrow_loads: int | None = None  # global loads of fewer bytes, at most; None: any number
+    narrow_stores: int | None = None
+    since: int = 0  # the first architecture for which these four hold, such as 90
 
 
 def registers_for(threads: int, blocks: int) -> int:

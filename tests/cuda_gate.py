@@ -70,16 +70,17 @@ def _faults(kernel: Kernel, budget: Budget) -> Iterator[str]:
         yield f"{kernel.registers} registers, at most {budget.registers}: {budget.why}"
     if kernel.stack > budget.stack:
         yield f"{kernel.stack} bytes of registers in memory, at most {budget.stack}"
-    if not budget.wide or kernel.arch < budget.wide_since:
+    if kernel.arch < budget.since:
         return
-    allowed = {"loads": budget.narrow_loads, "stores": budget.narrow_stores}
-    for kind, at_most in allowed.items():
+    for kind in ("loads", "stores"):
         widths = getattr(kernel, kind)
-        narrow = sum(count for size, count in widths.items() if size < WIDE)
-        if narrow == sum(widths.values()) and not kernel.bulk:
-            yield f"no global {kind} of {WIDE} bytes, but {_widths(widths)}"
-        elif narrow > at_most:
-            yield f"{narrow} global {kind} below {WIDE} bytes, at most {at_most}: {_widths(widths)}"
+        wide = sum(count for size, count in widths.items() if size >= WIDE)
+        narrow = sum(widths.values()) - wide
+        least, most = getattr(budget, f"wide_{kind}"), getattr(budget, f"narrow_{kind}")
+        if wide < least and not kernel.bulk:
+            yield f"{wide} global {kind} of {WIDE} bytes, at least {least}: {_widths(widths)}"
+        if most is not None and narrow > most:
+            yield f"{narrow} global {kind} below {WIDE} bytes, at most {most}: {_widths(widths)}"
 
 
 def _widths(counts: Counter) -> str:
@@ -241,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.table:
         print(table(kernels))
     complaints = judge(kernels)
-    print(*complaints, sep="\n")
+    print(*(f"{line}\n" for line in complaints), sep="", end="")
     archs = sorted({kernel.arch for kernel in kernels})
     names = {kernel.name for kernel in kernels}
     print(f"{len(names)} kernels for {archs}: {len(complaints)} outside of their budget")

@@ -18,13 +18,17 @@ def kernel(name="a_kernel<float>", arch=90, registers=40, stack=0, loads=None, s
     return Kernel(name, arch, registers, stack, loads, stores, bulk)
 
 
-WIDE = Budget("a_kernel", registers=64, why="four blocks", wide=True)
+WIDE = Budget(
+    "a_kernel", registers=64, why="four blocks",
+    wide_loads=1, wide_stores=1, narrow_loads=0, narrow_stores=0,
+)  # fmt: skip
 
 
 def test_a_kernel_within_its_budget():
     assert judge([kernel()], [WIDE]) == []
     assert judge([kernel(registers=64)], [WIDE]) == []
-    assert judge([kernel(loads={4: 9}, stores={4: 9}, bulk=2)], [Budget("a_", 64, "")]) == []
+    assert judge([kernel(loads={4: 9}, stores={4: 9})], [Budget("a_", 64, "")]) == []
+    assert judge([kernel(loads={4: 0}, stores={4: 0}, bulk=2)], [WIDE]) == []
 
 
 @pytest.mark.parametrize(
@@ -32,7 +36,7 @@ def test_a_kernel_within_its_budget():
     [
         (kernel(registers=65), "65 registers, at most 64: four blocks"),
         (kernel(stack=8), "8 bytes of registers in memory, at most 0"),
-        (kernel(loads={4: 8}), "no global loads of 16 bytes, but 8 of 4 bytes"),
+        (kernel(loads={8: 0}), "0 global loads of 16 bytes, at least 1"),
         (kernel(loads={4: 1, 16: 8}), "1 global loads below 16 bytes, at most 0"),
         (kernel(stores={4: 4, 16: 1}), "4 global stores below 16 bytes, at most 0: 4 of 4 bytes"),
     ],
@@ -43,9 +47,10 @@ def test_a_kernel_outside_of_its_budget(faulty, complaint):
 
 
 def test_exceptions_are_stated_in_the_row():
-    row = Budget("a_", 64, "", stack=16, wide=True, narrow_loads=2, wide_since=90)
+    row = Budget("a_", 64, "", stack=16, wide_loads=1, narrow_loads=2, since=90)
     assert judge([kernel(stack=16, loads={2: 2, 16: 9})], [row]) == []
     assert judge([kernel(arch=80, loads={2: 30})], [row]) == []
+    assert judge([kernel(loads={2: 30, 16: 1})], [Budget("a_", 64, "", wide_loads=1)]) == []
     assert len(judge([kernel(arch=120, loads={2: 3, 16: 1})], [row])) == 1
 
 
@@ -152,7 +157,8 @@ def test_compiled_kernels(tmp_path):
         for name in ("good_kernel", "narrow_kernel", "spill_kernel")
         for arch in (80, 90)
     }
-    complaints = judge(kernels, [Budget("_kernel", 64, "", wide=True)])
+    complaints = judge(kernels, [Budget("_kernel", 64, "", wide_loads=1, wide_stores=1)])
     assert not [line for line in complaints if line.startswith("good_kernel")]
     assert sum("narrow_kernel" in line for line in complaints) == 4  # loads and stores, twice
-    assert sum("bytes of registers in memory" in line for line in complaints) == 2
+    spills = [line for line in complaints if "bytes of registers in memory" in line]
+    assert len(spills) == 2 and all(line.startswith("spill_kernel") for line in spills)
