@@ -29,6 +29,9 @@ def pytest_configure(config) -> None:
     torch.set_num_threads(2)
     # Users must not be bothered by what we call.
     config.addinivalue_line("filterwarnings", "error:::cotnet_ext")
+    only = config.getoption("--device")
+    if only and only not in available_devices():
+        raise pytest.UsageError(f"--device {only}: not in this build, or not on this machine")
 
 
 def pytest_generate_tests(metafunc) -> None:
@@ -37,8 +40,6 @@ def pytest_generate_tests(metafunc) -> None:
         return
     devices = available_devices()
     only = metafunc.config.getoption("--device")
-    if only and only not in devices:
-        raise pytest.UsageError(f"--device {only}: this build and machine have {devices} only")
     if "device" in metafunc.fixturenames:
         chosen = [only] if only else devices
         metafunc.parametrize("device", [torch.device(name) for name in chosen], ids=str)
