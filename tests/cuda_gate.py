@@ -230,7 +230,20 @@ def installed_library() -> Path:
     wanted = (os.environ.get("TORCH_CUDA_ARCH_LIST") or native.default_arch_list(known)).split(";")
     if info["cuda_archs"] != wanted:
         raise SystemExit(f"built for {info['cuda_archs']}, expected {wanted}")
+    if missing := operators_without_cuda():
+        raise SystemExit(f"no CUDA kernels: {', '.join(missing)}")
     return Path(cotnet_ext._C.__file__)
+
+
+def operators_without_cuda() -> list[str]:
+    """Those of ours that a CUDA tensor would look for in vain."""
+    import torch
+
+    names = sorted(torch._C._dispatch_get_all_op_names())
+    ours = [name for name in names if name.startswith("cotnet_ext::")]
+    computing = [name for name in ours if name != "cotnet_ext::build_info"]
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return [name for name in computing if not has_kernel(name, "CUDA")]
 
 
 def main(arguments: list[str] | None = None) -> int:

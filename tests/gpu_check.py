@@ -88,10 +88,19 @@ def run_stage(stage: Stage, left_s: float) -> Outcome:
         output, _ = process.communicate(timeout=limit)
         verdict = "passed" if process.returncode == 0 else f"failed: exit {process.returncode}"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
+        output = _end(process)
         verdict = f"failed: not done after {limit:.0f} s"
     return Outcome(stage, verdict, time.monotonic() - start, output)
+
+
+def _end(process: subprocess.Popen) -> str:
+    """As Ctrl-C would, so that pytest still says what failed so far; by force if that is ignored."""
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        return process.communicate(timeout=5)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()[0]
 
 
 # ---- reports -------------------------------------------------------------------------------------
@@ -171,6 +180,7 @@ def stages(folder: Path) -> list[Stage]:
     path = os.pathsep.join([*map(str, paths), os.environ["PATH"], "/usr/local/cuda/bin"])
     env = {"PATH": path, "COTNET_EXT_CUDA": "1", "PYTHONUNBUFFERED": "1", **_architecture()}
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--device=cuda", "--tb=short"]
+    pytest += ["--maxfail=50"]  # what breaks everything must not take all the time
     parallel = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile"] * _has("xdist")
     small = ["-k", SMALL, *(f"tests/test_{name}.py" for name in FUNCTIONS)]
     sanitizer = ["compute-sanitizer", "--error-exitcode=9", "--report-api-errors=no"]

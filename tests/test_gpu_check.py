@@ -49,6 +49,22 @@ def test_time_is_limited_in_total():
     assert found["1"] == found["2"] == "failed: no time was left"
 
 
+def test_tests_that_are_cut_short_say_what_failed(tmp_path):
+    code = "import time\ndef test_a(): assert not 'the reason'\ndef test_b(): time.sleep(60)\n"
+    (tmp_path / "test_slow.py").write_text(code)
+    command = [sys.executable, "-m", "pytest", "-q", "-c/dev/null", str(tmp_path)]
+    (outcome,) = gpu_check.run_all([Stage("tests", command, 5)], 60)
+    assert outcome.verdict == "failed: not done after 5 s"
+    assert "assert not 'the reason'" in outcome.output
+
+
+def test_what_ignores_the_request_to_end_is_ended():
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    start = time.monotonic()
+    assert verdicts([stage("stubborn", code, 1.5)]) == {"stubborn": "failed: not done after 2 s"}
+    assert time.monotonic() - start < 20
+
+
 def test_what_a_stage_started_ends_with_it(tmp_path):
     late = tmp_path / "late"
     child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(late)!r}).touch()"
