@@ -94,7 +94,7 @@ def run_stage(stage: Stage, left_s: float) -> Outcome:
 
 
 def _end(process: subprocess.Popen) -> str:
-    """As Ctrl-C would, so that pytest still says what failed so far; by force if that is ignored."""
+    """As Ctrl-C would, so that pytest says what failed so far; by force if that is ignored."""
     os.killpg(process.pid, signal.SIGINT)
     try:
         return process.communicate(timeout=5)[0]
