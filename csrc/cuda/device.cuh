@@ -6,7 +6,7 @@
 //     load_words, store_words, load_words_streaming, load_words_if                      1 to 16 bytes in one access
 //     cp_async_16, cp_async_commit, cp_async_wait                                       global to shared memory (sm_80)
 //     mbarrier_*, bulk_load, bulk_store, bulk_store_wait, fence_proxy_async             the same by the run (sm_90)
-//     fma, exponential, inverse_sqrt                                                    the same roundings on both sides
+//     fma, exponential, fast_exponential, inverse_sqrt                                  the same roundings on both sides
 //     launch_kernel                                                                     a launch on a stream
 #pragma once
 
@@ -75,6 +75,10 @@ COTNET_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); 
 COTNET_DEVICE double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
 COTNET_DEVICE float exponential(float a) { return ::expf(a); }  // within 2 ulp
 COTNET_DEVICE double exponential(double a) { return ::exp(a); }
+// Three instructions in place of eight. Within 2 + 1.2*|a| ulp, as the rounding of a*log2(e) grows with a; results below the
+// normal numbers are zero. For distances from a maximum: exp(a) is small where its error is large.
+COTNET_DEVICE float fast_exponential(float a) { return __expf(a); }
+COTNET_DEVICE double fast_exponential(double a) { return ::exp(a); }
 COTNET_DEVICE float inverse_sqrt(float a) { return 1.0f / ::sqrtf(a); }
 COTNET_DEVICE double inverse_sqrt(double a) { return 1.0 / ::sqrt(a); }
 

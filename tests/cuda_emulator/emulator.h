@@ -421,6 +421,11 @@ inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fma(double a, double b, double c) { return std::fma(a, b, c); }
 inline float exponential(float a) { return std::exp(a); }
 inline double exponential(double a) { return std::exp(a); }
+inline float fast_exponential(float a) {
+  const float power = std::exp2(a * 1.44269504f);
+  return power < 0x1p-126f ? 0.0f : power;  // a NaN stays one
+}
+inline double fast_exponential(double a) { return std::exp(a); }
 inline float inverse_sqrt(float a) { return 1.0f / std::sqrt(a); }
 inline double inverse_sqrt(double a) { return 1.0 / std::sqrt(a); }
 
