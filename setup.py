@@ -46,7 +46,7 @@ def pip_cuda_headers() -> list[str]:
     return sorted(str(path) for root in roots for path in Path(root).glob("*/include"))
 
 
-def compile_flags(definitions: dict[str, str], nvcc_threads: int) -> dict[str, list[str]]:
+def compile_flags(definitions: dict[str, str], for_nvcc: list[str]) -> dict[str, list[str]]:
     """Flags for both compilers; torch adds the language standard, Py_LIMITED_API and, for nvcc, the
     GPU generations of TORCH_CUDA_ARCH_LIST."""
     macros = [f"-D{name}={value}" for name, value in definitions.items()]
@@ -59,7 +59,7 @@ def compile_flags(definitions: dict[str, str], nvcc_threads: int) -> dict[str, l
     cxx += ["-march=native"] * switch("COTNET_EXT_NATIVE")
     # No fast math either. Line numbers are for profilers and sanitizers and cost no time.
     nvcc = ["-O0", "-g", "-G"] if debug else ["-O3", "-lineinfo"]
-    nvcc += [f"--threads={nvcc_threads}", "-Xcompiler=-fvisibility=hidden"]
+    nvcc += [*for_nvcc, "-Xcompiler=-fvisibility=hidden"]
     # USE_CUDA: torch's headers then declare the functions that know streams and launch errors.
     nvcc += ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={native.torch_target_macro()}"]
     return {"cxx": cxx + macros, "nvcc": nvcc}
@@ -91,7 +91,7 @@ def native_build() -> dict:
     limited_api = not sysconfig.get_config_var("Py_GIL_DISABLED")
     sources = native.sources(cuda)
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    flags = compile_flags(definitions, native.nvcc_threads(jobs, kernels))
+    flags = compile_flags(definitions, native.nvcc_flags(release, jobs, kernels) if cuda else [])
 
     target = ".".join(map(str, native.TORCH_TARGET))
     print(f"cotnet_ext {native.version()}: building for {'CPU and CUDA' if cuda else 'CPU only'}")

@@ -33,4 +33,48 @@ def registers_for(threads: int, blocks: int) -> int:
     return min(255, REGISTERS // (threads * blocks) // 8 * 8)
 
 
-BUDGETS: tuple[Budget, ...] = ()
+# Blocks of these sizes are what the choosers in csrc/cuda/<op>_launch.h launch; the reasons for the
+# numbers are there, and the bounds that the compiler keeps to stand beside each kernel.
+BUDGETS: tuple[Budget, ...] = (
+    Budget(
+        "context_fusion_planes_kernel", registers_for(256, 3), "three blocks of 256 resident",
+        wide_loads=6, wide_stores=4,
+    ),
+    Budget(
+        "context_fusion_images_kernel", registers_for(256, 2), "two blocks of 256 resident",
+        wide_loads=6, wide_stores=4,
+    ),
+    Budget("context_fusion_grad_logits_kernel", 64, "sums a few numbers per channel"),
+    Budget(
+        "spatial_softmax_gate_tile_kernel<double", registers_for(448, 1), "one block of 448",
+        wide_loads=6, wide_stores=2,
+    ),
+    Budget(
+        "spatial_softmax_gate_tile_kernel", registers_for(448, 2), "two blocks of 448 resident",
+        wide_loads=6, wide_stores=2,
+    ),
+    Budget(
+        "spatial_softmax_gate_whole_kernel<cotnet::Plane", registers_for(768, 1), "blocks of 768",
+        wide_loads=10, wide_stores=2,
+    ),
+    Budget(
+        "spatial_softmax_gate_whole_kernel<cotnet::Image", registers_for(512, 1), "blocks of 512",
+        wide_loads=10, wide_stores=2,
+    ),
+    Budget(
+        "spatial_softmax_gate_gather_kernel<cotnet::Plane", registers_for(768, 1), "blocks of 768",
+        wide_loads=4,
+    ),
+    Budget(
+        "spatial_softmax_gate_gather_kernel<cotnet::Image", registers_for(512, 1), "blocks of 512",
+        wide_loads=4,
+    ),
+    Budget(
+        "spatial_softmax_gate_finish_kernel<cotnet::Plane", registers_for(768, 1), "blocks of 768",
+        wide_loads=6, wide_stores=2,
+    ),
+    Budget(
+        "spatial_softmax_gate_finish_kernel<cotnet::Image", registers_for(512, 1), "blocks of 512",
+        wide_loads=6, wide_stores=2,
+    ),
+)  # fmt: skip
