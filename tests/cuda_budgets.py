@@ -25,7 +25,8 @@ class Budget:
     wide_stores: int = 0
     narrow_loads: int | None = None  # global loads of fewer bytes, at most; None: any number
     narrow_stores: int | None = None
-    since: int = 0  # the first architecture for which these four hold, such as 90
+    instructions: int | None = None  # in the code, at most: for kernels that are unrolled
+    since: int = 0  # the first architecture for which these five hold, such as 90
 
 
 def registers_for(threads: int, blocks: int) -> int:

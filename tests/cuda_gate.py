@@ -72,6 +72,8 @@ def _faults(kernel: Kernel, budget: Budget) -> Iterator[str]:
         yield f"{kernel.stack} bytes of registers in memory, at most {budget.stack}"
     if kernel.arch < budget.since:
         return
+    if budget.instructions is not None and kernel.instructions > budget.instructions:
+        yield f"{kernel.instructions} instructions, at most {budget.instructions}: {budget.why}"
     for kind in ("loads", "stores"):
         widths = getattr(kernel, kind)
         wide = sum(count for size, count in widths.items() if size >= WIDE)
@@ -216,6 +218,29 @@ def table(kernels: Iterable[Kernel]) -> str:
     return "\n".join(lines)
 
 
+def summary(kernels: Iterable[Kernel]) -> str:
+    """A line for every kernel, over all its template arguments and architectures."""
+    families: dict[str, list[Kernel]] = {}
+    for kernel in sorted(kernels, key=lambda k: k.name):
+        families.setdefault(kernel.name.partition("<")[0], []).append(kernel)
+    lines = [f"{'':<52} compiled registers   stack  instructions  wide loads"]
+    for name, members in families.items():
+        columns = (
+            f"{len(members):>8}",
+            _range(kernel.registers for kernel in members),
+            f"{max(kernel.stack for kernel in members):>7}",
+            _range((kernel.instructions for kernel in members), 13),
+            _range((kernel.loads[WIDE] for kernel in members), 11),
+        )
+        lines.append(f"{name:<52} {' '.join(columns)}")
+    return "\n".join(lines)
+
+
+def _range(numbers: Iterable[int], width: int = 9) -> str:
+    found = sorted(numbers)
+    return f"{found[0]}-{found[-1]}".rjust(width)
+
+
 def installed_library() -> Path:
     """The library that `import cotnet_ext` loads, after what it says of itself is checked."""
     sys.path.insert(0, str(ROOT / "build_backend"))
@@ -249,11 +274,10 @@ def operators_without_cuda() -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("library", nargs="?", type=Path)
-    parser.add_argument("--table", action="store_true", help="print every kernel")
+    parser.add_argument("--table", action="store_true", help="a line for every kernel compiled")
     chosen = parser.parse_args(arguments)
     kernels = read_library(chosen.library or installed_library())
-    if chosen.table:
-        print(table(kernels))
+    print(table(kernels) if chosen.table else summary(kernels))
     complaints = judge(kernels)
     print(*(f"{line}\n" for line in complaints), sep="", end="")
     archs = sorted({kernel.arch for kernel in kernels})

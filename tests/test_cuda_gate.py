@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import replace
 
 import cuda_gate
 import pytest
@@ -20,7 +21,7 @@ def kernel(name="a_kernel<float>", arch=90, registers=40, stack=0, loads=None, s
 
 WIDE = Budget(
     "a_kernel", registers=64, why="four blocks",
-    wide_loads=1, wide_stores=1, narrow_loads=0, narrow_stores=0,
+    wide_loads=1, wide_stores=1, narrow_loads=0, narrow_stores=0, instructions=100,
 )  # fmt: skip
 
 
@@ -36,6 +37,7 @@ def test_a_kernel_within_its_budget():
     [
         (kernel(registers=65), "65 registers, at most 64: four blocks"),
         (kernel(stack=8), "8 bytes of registers in memory, at most 0"),
+        (replace(kernel(), instructions=101), "101 instructions, at most 100: four blocks"),
         (kernel(loads={8: 0}), "0 global loads of 16 bytes, at least 1"),
         (kernel(loads={4: 1, 16: 8}), "1 global loads below 16 bytes, at most 0"),
         (kernel(stores={4: 4, 16: 1}), "4 global stores below 16 bytes, at most 0: 4 of 4 bytes"),
@@ -114,6 +116,15 @@ def test_output_of_the_tools_is_understood():
     wide = found["_ZN6cotnet11wide_kernelEPK6float4PS0_i"]
     assert (wide.registers, wide.stack, wide.bulk) == (14, 0, 1)
     assert wide.loads == {16: 2, 4: 1} and not wide.stores
+
+
+def test_tables():
+    kernels = [kernel(arch=80), kernel("a_kernel<double>", registers=90), kernel("b", stack=8)]
+    lines = cuda_gate.summary(kernels).splitlines()
+    assert len(lines) == 3
+    assert lines[1].split() == ["a_kernel", "2", "40-90", "0", "0-0", "4-4"]
+    assert lines[2].split() == ["b", "1", "40-40", "8", "0-0", "4-4"]
+    assert len(cuda_gate.table(kernels).splitlines()) == 3
 
 
 SOURCE = """

@@ -117,6 +117,20 @@ def test_includes_point_one_way(path):
     assert "Python.h" not in foreign or name == "library.cpp"
 
 
+KERNEL_FILES = sorted(path.relative_to(CSRC) for path in CSRC.glob("cuda/*.cu"))
+
+
+@pytest.mark.parametrize("cuda", KERNEL_FILES, ids=lambda path: path.stem)
+def test_a_file_registers_the_same_operators_on_both_devices(cuda):
+    def registered(path: Path, key: str) -> list[str]:
+        text = (CSRC / path).read_text()
+        block = text.partition(f"STABLE_TORCH_LIBRARY_IMPL(cotnet_ext, {key}, m)")[2]
+        return re.findall(r'm\.impl\("(\w+)"', block)
+
+    cpu = registered(Path("cpu", f"{cuda.stem}.cpp"), "CPU")
+    assert cpu and registered(cuda, "CUDA") == cpu
+
+
 # ---- The compiled library ------------------------------------------------------------------------
 
 LIBRARY = Path(cotnet_ext._C.__file__)
