@@ -252,7 +252,8 @@ def installed_library() -> Path:
     print(f"{cotnet_ext._C.__file__}: CUDA {info['cuda_version']}, {' '.join(info['cuda_archs'])}")
     nvcc = shutil.which("nvcc") or "nvcc"
     known = native.output_of(nvcc, "--list-gpu-arch").split()
-    wanted = (os.environ.get("TORCH_CUDA_ARCH_LIST") or native.default_arch_list(known)).split(";")
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or native.default_arch_list(known)
+    wanted = wanted.replace(";", " ").split()
     if info["cuda_archs"] != wanted:
         raise SystemExit(f"built for {info['cuda_archs']}, expected {wanted}")
     if missing := operators_without_cuda():

@@ -234,7 +234,7 @@ def _has(module: str) -> bool:
 
 def make_environment(folder: Path) -> None:
     """An environment of its own that sees what this Python has installed, and needs no download."""
-    venv.EnvBuilder(clear=True, with_pip=False).create(folder)
+    venv.EnvBuilder(clear=True, symlinks=True).create(folder)
     site = next(folder.glob("lib/python*/site-packages"))
     lent = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (site / "lent.pth").write_text("".join(f"{path}\n" for path in lent))

@@ -131,6 +131,19 @@ def test_every_operator_has_one_kernel_for_each_device():
     assert len(on_gpu) == len(set(on_gpu)) and set(on_gpu) <= set(computing)
 
 
+# Each waits for the GPU, takes memory behind PyTorch's allocator, or gives sums no fixed order.
+FORBIDDEN = r"Synchronize|cudaMalloc|cudaFree|cudaMemcpy\b|cudaMemset\b|atomic(Add|CAS|Exch)|<<<"
+
+
+@pytest.mark.parametrize("path", CPP_FILES, ids=lambda path: path.relative_to(CSRC).as_posix())
+def test_cuda_code_keeps_the_rules(path):
+    text = re.sub(r"//.*", "", path.read_text())
+    if path.name != "device.cuh":  # it launches, for all others
+        assert not re.search(FORBIDDEN, text)
+    if path.suffix == ".cu":
+        assert "CudaContext" in text and "STD_CUDA_KERNEL_LAUNCH_CHECK();" in text
+
+
 # ---- The compiled library ------------------------------------------------------------------------
 
 LIBRARY = Path(cotnet_ext._C.__file__)
