@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import cotnet_ext
-from benchmarks import byte_model, figures, memory, official, one_thread, report
+from benchmarks import byte_model, clocks, figures, memory, official, one_thread, report
 from benchmarks.__main__ import main, names
 from benchmarks.comparison import Comparison, Contender, Options, dtype_name
 from benchmarks.harness import Pool, measure
@@ -408,3 +409,29 @@ def test_official_kernels_are_found_and_get_what_cupy_removed(monkeypatch, tmp_p
         official.local_aggregation(tmp_path / "elsewhere")
     for name in ("cupy_layers", official.MODULE):
         sys.modules.pop(name)
+
+
+def test_the_clock_of_a_gpu_leaves_the_host_out(monkeypatch):
+    """The GPU waits before each sample, and longer once launching has taken longer than that."""
+    waits = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self): ...
+
+        def synchronize(self): ...
+
+        def elapsed_time(self, end) -> float:
+            return 6.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", waits.append)
+    clock = clocks.CudaClock("cpu", cold=False)
+    assert clock(lambda: time.sleep(0.002), 3) == (2.0, None)
+    clock(lambda: None, 1)
+    assert waits[0] == clocks.LEAST_MS * clocks.CYCLES
+    assert 9 * clocks.CYCLES <= waits[1] <= clocks.MOST_MS * clocks.CYCLES
+    assert clocks.clock("cpu") is clocks.clock("cuda", host=True) is clocks.host_clock
