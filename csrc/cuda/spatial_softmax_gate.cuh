@@ -261,24 +261,24 @@ template <bool kBackward, int kCount, int kSums, class scalar_t>
 COTNET_DEVICE void add_batch(const GateVectors<scalar_t>* in, SoftmaxSums<acc_t<scalar_t>>* sums) {
   using acc = acc_t<scalar_t>;
   constexpr int kVector = kMapVector<scalar_t>;
-  acc top[kSums];
   COTNET_UNROLL
-  for (int i = 0; i < kSums; ++i) top[i] = sums[i].top;
-  COTNET_UNROLL
-  for (int b = 0; b < kCount; ++b)
+  for (int k = 0; k < kSums; ++k) {
+    SoftmaxSums<acc>& own = sums[k];
+    acc top = own.top;
     COTNET_UNROLL
-    for (int i = 0; i < kVector; ++i) top[i % kSums] = maximum(top[i % kSums], widen(in[b].x.at[i]));
-  COTNET_UNROLL
-  for (int i = 0; i < kSums; ++i) sums[i].raise(top[i]);
-  COTNET_UNROLL
-  for (int b = 0; b < kCount; ++b)
+    for (int b = 0; b < kCount; ++b)
+      COTNET_UNROLL
+      for (int i = k; i < kVector; i += kSums) top = maximum(top, widen(in[b].x.at[i]));
+    own.raise(top);
     COTNET_UNROLL
-    for (int i = 0; i < kVector; ++i) {
-      SoftmaxSums<acc>& own = sums[i % kSums];
-      const acc share = fast_exponential(widen(in[b].x.at[i]) - own.top);
-      own.sum += share;
-      if (kBackward) own.dot = fma(share, widen(in[b].t.at[i]) * widen(in[b].v.at[i]), own.dot);
-    }
+    for (int b = 0; b < kCount; ++b)
+      COTNET_UNROLL
+      for (int i = k; i < kVector; i += kSums) {
+        const acc share = fast_exponential(widen(in[b].x.at[i]) - top);
+        own.sum += share;
+        if (kBackward) own.dot = fma(share, widen(in[b].t.at[i]) * widen(in[b].v.at[i]), own.dot);
+      }
+  }
 }
 
 // First sweep: the sums of a thread's vectors.
@@ -301,9 +301,9 @@ COTNET_DEVICE void gather(const GateMaps<scalar_t>& maps, const Vectors& vectors
     COTNET_UNROLL
     for (int b = 0; b < kCount; ++b) mend_slot(in[b].x, maps.x, slots[b], minus_infinity<scalar_t>());
     if constexpr (kBackward) mend_v_and_t<kCount>(maps, slots, in);
-    if (step < kept.steps)
-      COTNET_UNROLL
-      for (int b = 0; b < kCount; ++b) kept.put(step + b, in[b]);
+    COTNET_UNROLL
+    for (int b = 0; b < kCount; ++b)
+      if (step + b < kept.steps) kept.put(step + b, in[b]);
     add_batch<kBackward, kCount, Vectors::kSums>(in, sums);
   }
 }
@@ -317,20 +317,20 @@ COTNET_DEVICE void finish(const GateMaps<scalar_t>& maps, const Vectors& vectors
   for (int step = steps - kCount; step >= 0; step -= kCount) {
     typename Vectors::Slot slots[kCount];
     GateVectors<scalar_t> in[kCount];
-    const bool is_kept = step < kept.steps;
     COTNET_UNROLL
     for (int b = 0; b < kCount; ++b) slots[b] = vectors.slot(step + b);
-    if (!kBackward || !is_kept) load_v_and_t<kCount>(maps, slots, in);
+    const bool again = step + kCount > kept.steps;  // something of the batch is not in shared memory
+    if (!kBackward || again) load_v_and_t<kCount>(maps, slots, in);
+    if (again)
+      COTNET_UNROLL
+      for (int b = 0; b < kCount; ++b) in[b].x = load_slot(maps.x, slots[b]);
+    if (!kBackward || again) mend_v_and_t<kCount>(maps, slots, in);
+    if (again)
+      COTNET_UNROLL
+      for (int b = 0; b < kCount; ++b) mend_slot(in[b].x, maps.x, slots[b], minus_infinity<scalar_t>());
     COTNET_UNROLL
-    for (int b = 0; b < kCount; ++b) {
-      if (is_kept) {
-        kept.get(step + b, in[b]);
-      } else {
-        in[b].x = load_slot(maps.x, slots[b]);
-        mend_slot(in[b].x, maps.x, slots[b], minus_infinity<scalar_t>());
-      }
-    }
-    if (!kBackward || !is_kept) mend_v_and_t<kCount>(maps, slots, in);
+    for (int b = 0; b < kCount; ++b)
+      if (step + b < kept.steps) kept.get(step + b, in[b]);
     COTNET_UNROLL
     for (int b = 0; b < kCount; ++b) {
       COTNET_UNROLL

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "core/problem.h"
 #include "cuda/map_launch.h"
@@ -50,14 +51,12 @@ struct GatePlan {
 // vectors, as 56x56 in float32.
 constexpr int kGateTileItems = 2;
 constexpr int kGateTileThreads = 448;
-// Rows and slabs: four vectors of x under way in the first sweep, two each of two maps in the second, so 48 KB for the 768
-// threads that share a multiprocessor at 80 registers. One block of 768 when the row takes all shared memory, several
-// smaller ones when it does not.
+// Rows: four vectors of x under way in the first sweep, two each of two maps in the second, so 48 KB for the 768 threads that
+// share a multiprocessor at 80 registers: one block, or two or three if shared memory has room for as many rows.
 constexpr int kGateRowThreads = 768;
-// channels_last holds sums for each of a vector's channels, up to 24 registers: 512 threads with twice the registers.
-constexpr int kGateImageThreads = 512;
-constexpr int kGateBatch = 4;          // steps whose loads go out together; shared memory holds whole batches
-constexpr int kGateReserved = 20 << 10;  // shared bytes for the sums of a block, and what CUDA takes for itself
+// channels_last holds sums for each of a vector's channels, 16 registers and more: 640 threads of 96 registers.
+constexpr int kGateImageThreads = 640;
+constexpr int kGateBatch = 4;  // steps whose loads go out together
 
 namespace gate {
 
@@ -87,55 +86,102 @@ inline void choose_tile(GatePlan& plan, int element_bytes, int acc_bytes, bool b
   plan.launch.shared_bytes = unsigned(capacity * (element_bytes + (backward ? acc_bytes : 0)) + sums);
 }
 
-// Bytes of shared memory that blocks of `threads` keep for each of their steps.
-inline int64_t step_bytes(int threads, bool backward) { return int64_t(threads) * 16 * (backward ? 3 : 1); }
-
-// Cuts maps into chunks for kSplit, in units of `step` pixels.
-inline void choose_split(GatePlan& plan, int64_t step, const DeviceNumbers& device) {
-  plan.path = GatePath::kSplit;
-  plan.kept = 0;
-  // Eight blocks for each multiprocessor, so that a slow one costs little; each with two batches of loads at least, so that
-  // merging the sums of all chunks in every block of the second kernel stays small beside its work.
-  const int64_t wanted = ceil_div(int64_t(device.sm_count) * 8, std::max<int64_t>(plan.units, 1));
-  const int64_t most = std::clamp<int64_t>(plan.plane / (2 * kGateBatch * step), 1, 4096);
-  // A chunk is counted in 32 bits by its kernel.
-  const int64_t least = ceil_div(plan.plane, int64_t(1) << 28);
-  const int64_t chunks = std::max(std::min(wanted, most), least);
-  plan.chunk = round_up(ceil_div(plan.plane, chunks), step);
-  plan.chunks = int(ceil_div(plan.plane, plan.chunk));
-  set_grid(plan.launch, plan.units, plan.chunks);
-}
-
-// Share of the machine that works when `units` blocks run, `slots` at a time.
-inline double occupancy(int64_t units, int64_t slots) {
-  return double(units) / double(std::max<int64_t>(ceil_div(units, slots), 1) * slots);
-}
-
-// One block for each unit, as much of it kept as shared memory holds. Or, where that leaves multiprocessors idle for longer
-// than the second reading takes, several.
-inline void choose_sweep(GatePlan& plan, int64_t vectors, int acc_bytes, bool backward, int64_t step, const DeviceNumbers& device) {
-  plan.path = GatePath::kWhole;
+// Sizes kWhole for units of so many vectors, whose blocks have plan.launch.threads: shared memory keeps as many steps as it
+// can. Returns how many there are.
+inline int64_t keep_steps(GatePlan& plan, int64_t vectors, int acc_bytes, bool backward, const DeviceNumbers& device) {
   const int threads = int(plan.launch.threads);
   const int merge = merge_bytes(threads, plan.width, acc_bytes);
-  const int64_t one = step_bytes(threads, backward);
-  const int64_t steps = ceil_div(vectors, threads) + (plan.channels_last ? 0 : 1);  // rows may begin within a vector
-  const int64_t room = std::max<int64_t>(device.shared_bytes - kGateReserved, 0) / one;
-  plan.kept = int(std::min<int64_t>(round_up(steps, kGateBatch), room / kGateBatch * kGateBatch));
-  if (4 * int64_t(plan.kept) < steps) plan.kept = 0;  // not worth having a single block on a multiprocessor
-  plan.chunks = 1;
-  plan.chunk = plan.plane;
-  plan.launch.shared_bytes = unsigned(merge + plan.kept * one);
-  set_grid(plan.launch, plan.units, 1);
+  const int64_t step_bytes = int64_t(threads) * 16 * (backward ? 3 : 1), steps = ceil_div(vectors, threads);
+  plan.kept = int(std::min(steps, (device.shared_bytes - merge) / step_bytes));
+  plan.launch.shared_bytes = unsigned(merge + plan.kept * step_bytes);
+  return steps;
+}
 
-  const int64_t by_shared = std::max<int64_t>(device.shared_bytes / std::max<int64_t>(plan.launch.shared_bytes, 1), 1);
-  const int64_t blocks = std::min<int64_t>(by_shared, std::max(1024 / threads, 1));
+// Blocks that a multiprocessor's shared memory holds; CUDA takes 1 KB for each.
+inline int64_t blocks_at_once(const GatePlan& plan, const DeviceNumbers& device) {
+  return (device.shared_bytes + 1024) / (int64_t(plan.launch.shared_bytes) + 1024);
+}
+
+// Pieces of a map for kSplit. Thirty-two blocks for each multiprocessor, so that the last ones to run are a small part; but a
+// batch of loads for each thread at least. And every block of the second kernel reads the sums of all chunks, `chunks` times
+// three of acc_t for each row: no more than an eighth of the maps that it moves. Kernels count a chunk in 32 bits.
+inline int64_t count_chunks(const GatePlan& plan, int64_t step, int element_bytes, int acc_bytes, const DeviceNumbers& device) {
+  const int64_t wanted = ceil_div(int64_t(device.sm_count) * 32, plan.units);
+  const int64_t by_sums = int64_t(std::sqrt(double(plan.plane) * element_bytes * 4 / (8 * 3 * acc_bytes)));
+  const int64_t most = std::max<int64_t>(std::min(by_sums, plan.plane / (kGateBatch * step)), 1);
+  return std::max(std::min(wanted, most), ceil_div(plan.plane, int64_t(1) << 28));
+}
+
+// Whether several blocks for each unit, which read some maps twice, take less time than one block.
+inline bool is_split_better(const GatePlan& plan, int64_t steps, bool backward, const DeviceNumbers& device) {
   // Maps moved: forward 4 of which 1 again, backward 5 of which 3 again.
-  const double again = backward ? 3.0 : 1.0, once = backward ? 5.0 : 4.0;
-  const double kept = double(std::min<int64_t>(plan.kept, steps)) / double(steps);
-  const double whole = (once + again * (1 - kept)) / occupancy(plan.units, device.sm_count * blocks);
-  if (whole <= once + again && plan.plane < int64_t(1) << 28) return;
-  choose_split(plan, step, device);
-  plan.launch.shared_bytes = unsigned(merge);
+  const double once = backward ? 5.0 : 4.0, again = backward ? 3.0 : 1.0;
+  const double not_kept = 1.0 - double(plan.kept) / double(steps);
+  // Some multiprocessors run out of blocks before others; one can take half as much again as its share of the memory.
+  const double working = double(plan.units) / double(round_up(plan.units, device.sm_count));
+  return (once + again * not_kept) / std::min(1.5 * working, 1.0) > once + again;
+}
+
+inline void split(GatePlan& plan, int64_t chunks, int64_t step, int acc_bytes) {
+  plan.path = GatePath::kSplit;
+  plan.kept = 0;
+  plan.chunk = round_up(ceil_div(plan.plane, chunks), step);
+  plan.chunks = int(ceil_div(plan.plane, plan.chunk));
+  plan.launch.shared_bytes = unsigned(merge_bytes(int(plan.launch.threads), plan.width, acc_bytes));
+}
+
+inline void choose_rows(GatePlan& plan, int element_bytes, int acc_bytes, bool backward, const DeviceNumbers& device) {
+  const int vector = 16 / element_bytes;
+  plan.units = plan.rows;
+  // A third of the threads where shared memory has room for three rows, half for two.
+  const int64_t vectors = ceil_div(plan.plane + (plan.plane % vector ? vector - 1 : 0), vector);
+  int64_t steps = 0;
+  for (const int part : {3, 2, 1}) {
+    plan.launch.threads = unsigned(kGateRowThreads / part);
+    steps = keep_steps(plan, vectors, acc_bytes, backward, device);
+    if (steps == plan.kept && blocks_at_once(plan, device) >= part) break;
+  }
+  const int threads = kGateRowThreads / 3;
+  const int64_t step = threads * vector, chunks = count_chunks(plan, step, element_bytes, acc_bytes, device);
+  if (chunks == 1 || (plan.plane < int64_t(1) << 28 && !is_split_better(plan, steps, backward, device))) return;
+  plan.launch.threads = threads;
+  split(plan, chunks, step, acc_bytes);
+}
+
+// `lanes` vectors of channels of each pixel for a block, and at most so many threads. Returns the steps of a whole map.
+inline int64_t set_lanes(GatePlan& plan, int lanes, int threads, int element_bytes, int acc_bytes, bool backward,
+                         const DeviceNumbers& device) {
+  const int vector = 16 / element_bytes;
+  plan.lanes = lanes;
+  plan.width = lanes * vector;
+  plan.slabs = int(ceil_div(ceil_div(plan.channels, vector), lanes));
+  plan.units = plan.rows / plan.channels * plan.slabs;
+  // Eight pixels for a thread, so that its part of the merging is small, but whole warps.
+  const int64_t pixels = std::min<int64_t>(power_of_two_from(ceil_div(plan.plane, 8)), threads / lanes);
+  plan.launch.threads = unsigned(std::max<int64_t>(pixels * lanes, 32));
+  return keep_steps(plan, plan.plane * lanes, acc_bytes, backward, device);
+}
+
+inline void choose_slabs(GatePlan& plan, int element_bytes, int acc_bytes, bool backward, const DeviceNumbers& device) {
+  const int vector = 16 / element_bytes, threads = kGateImageThreads / 2;  // of one of two blocks
+  // Slabs of 128 bytes of each pixel, a whole line of the cache; narrower ones, down to the 32 bytes that memory moves at
+  // least, if only they fit into shared memory, two blocks at a time.
+  const int widest = power_of_two_from(std::min<int64_t>(ceil_div(plan.channels, vector), 8));
+  int lanes = widest;
+  int64_t steps = set_lanes(plan, lanes, threads, element_bytes, acc_bytes, backward, device);
+  const auto fits = [&] { return plan.kept == steps && blocks_at_once(plan, device) >= 2; };
+  while (!fits() && lanes > 2) steps = set_lanes(plan, lanes /= 2, threads, element_bytes, acc_bytes, backward, device);
+  // One block that keeps as much as it can, if that is a quarter or more.
+  if (!fits()) steps = set_lanes(plan, lanes, kGateImageThreads, element_bytes, acc_bytes, backward, device);
+  const bool keeps = 4 * plan.kept >= steps && plan.plane < int64_t(1) << 28;
+  if (keeps && !is_split_better(plan, steps, backward, device)) return;
+  const GatePlan whole = plan;
+  set_lanes(plan, widest, threads, element_bytes, acc_bytes, backward, device);
+  const int64_t step = plan.launch.threads / plan.lanes, chunks = count_chunks(plan, step, element_bytes, acc_bytes, device);
+  if (chunks == 1)
+    plan = whole;
+  else
+    split(plan, chunks, step, acc_bytes);
 }
 
 inline GatePlan choose(const MapProblem& p, int element_bytes, bool aligned, bool backward, const DeviceNumbers& device) {
@@ -152,34 +198,18 @@ inline GatePlan choose(const MapProblem& p, int element_bytes, bool aligned, boo
     plan.launch.grid_x = 0;
     return plan;
   }
-  const int64_t vectors = ceil_div(p.plane, vector);
-  if (!p.channels_last) {
-    // What the largest tile holds, less one vector for rows that begin within one.
-    if (vectors < kGateTileItems * kGateTileThreads) {
-      choose_tile(plan, element_bytes, acc_bytes, backward);
-      return plan;
-    }
-    plan.units = plan.rows;
-    // Eight steps or more for a thread, so that its part of the merging is small.
-    plan.launch.threads = unsigned(std::clamp(power_of_two_upto(vectors / 8), 256, kGateRowThreads));
-    choose_sweep(plan, vectors, acc_bytes, backward, int64_t(plan.launch.threads) * vector, device);
+  // What the largest tile holds, less one vector for rows that begin within one.
+  if (!p.channels_last && ceil_div(p.plane, vector) < kGateTileItems * kGateTileThreads) {
+    choose_tile(plan, element_bytes, acc_bytes, backward);
     return plan;
   }
-  // Slabs of 128 bytes of each pixel, a whole line of the cache; narrower ones, down to the 32 bytes that memory moves at
-  // least, if only they fit into shared memory, two blocks at a time.
-  const int64_t across = ceil_div(p.channels, vector);
-  plan.lanes = power_of_two_from(std::min<int64_t>(across, 8));
-  const int64_t maps = backward ? 3 : 1, room = device.shared_bytes / 2 - kGateReserved;
-  while (plan.lanes > 2 && p.plane * plan.lanes * 16 * maps > room) plan.lanes /= 2;
-  // Whole lines again where less than a quarter would be kept.
-  if (p.plane * plan.lanes * 16 * maps > 4 * int64_t(device.shared_bytes)) plan.lanes = power_of_two_from(std::min<int64_t>(across, 8));
-  plan.width = plan.lanes * vector;
-  plan.slabs = int(ceil_div(across, plan.lanes));
-  plan.units = p.batch * plan.slabs;
-  // Eight pixels for a thread, but whole warps.
-  const int threads = std::clamp(power_of_two_from(ceil_div(p.plane, 8)), 1, kGateImageThreads / plan.lanes) * plan.lanes;
-  plan.launch.threads = unsigned(std::max(threads, 32));
-  choose_sweep(plan, p.plane * plan.lanes, acc_bytes, backward, int64_t(plan.launch.threads) / plan.lanes, device);
+  plan.path = GatePath::kWhole;
+  plan.chunk = plan.plane;
+  if (p.channels_last)
+    choose_slabs(plan, element_bytes, acc_bytes, backward, device);
+  else
+    choose_rows(plan, element_bytes, acc_bytes, backward, device);
+  set_grid(plan.launch, plan.units, plan.chunks);
   return plan;
 }
 
