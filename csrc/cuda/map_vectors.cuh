@@ -108,37 +108,33 @@ struct PlaneVectors {
   COTNET_DEVICE int lanes() const { return 1; }
 };
 
-// channels_last: thread = pixel * lanes + lane; a lane has one vector of channels, at pixels p, p + threads / lanes, ...
+// channels_last: thread = row * lanes + lane; a lane has one vector of channels, a row the pixels row, row + rows, ...
 template <class scalar_t>
 struct ImageVectors {
   using Slot = MapSlot<int64_t>;
   static constexpr int kSums = kMapVector<scalar_t>;  // each element of a vector belongs to another channel
   static constexpr int64_t origin = 0;
-  int64_t base;      // of the first pixel and the thread's channels
-  int64_t channels;
-  int pixels;
-  int lane_count;    // a power of two, at most 32
-  int valid;         // channels of this lane: none, some or all of a vector
-  bool aligned;
+  int64_t first, stride;  // of the thread's pixels
+  int own_steps, most_steps;
+  int lane_count;  // a power of two, at most 32
+  unsigned mask;   // of the lane's channels, as in a slot
 
-  COTNET_DEVICE ImageVectors(int64_t image_begin, int64_t pixel, int pixels, int64_t channels, int64_t slab, int lanes, bool aligned)
-      : channels(channels), pixels(pixels), lane_count(lanes), aligned(aligned) {
-    const int64_t channel = first_channel(slab);
-    base = image_begin + pixel * channels + channel;
-    const int64_t left = channels - channel;
-    valid = left < 0 ? 0 : left < kSums ? int(left) : kSums;
+  // Pixels [pixel, pixel + pixels) of an image that begins at `image`, `lanes` vectors of channels, the slab-th so many.
+  COTNET_DEVICE ImageVectors(int64_t image, int64_t pixel, int pixels, int64_t channels, int64_t slab, int lanes, bool aligned)
+      : lane_count(lanes) {
+    const int rows = int(blockDim.x) / lanes, row = int(threadIdx.x) / lanes;
+    const int64_t channel = (slab * lanes + lane()) * kSums, left = channels - channel;
+    first = image + (pixel + row) * channels + channel;
+    stride = rows * channels;
+    own_steps = (pixels - row + rows - 1) / rows;
+    most_steps = (pixels + rows - 1) / rows;
+    mask = Slot::of(0, 0, left < 0 ? 0 : left < kSums ? int(left) : kSums, kSums, aligned).mask;
   }
 
-  COTNET_DEVICE int lane() const { return int(threadIdx.x) & (lane_count - 1); }
-  COTNET_DEVICE int64_t first_channel(int64_t slab) const { return (slab * lane_count + lane()) * kSums; }
-  COTNET_DEVICE int rows() const { return int(blockDim.x) / lane_count; }  // pixels of a step
-  COTNET_DEVICE Slot slot(int step) const {
-    const int pixel = step * rows() + int(threadIdx.x) / lane_count;
-    const int high = pixel < pixels ? valid : 0;
-    return Slot::of(base + pixel * channels, 0, high, kSums, aligned);
-  }
-  COTNET_DEVICE int steps() const { return (pixels + rows() - 1) / rows(); }
+  COTNET_DEVICE Slot slot(int step) const { return {first + step * stride, step < own_steps ? mask : 0u}; }
+  COTNET_DEVICE int steps() const { return most_steps; }
   COTNET_DEVICE int lanes() const { return lane_count; }
+  COTNET_DEVICE int lane() const { return int(threadIdx.x) & (lane_count - 1); }
 };
 
 // See set_grid in map_launch.h; the last few units may not exist.

@@ -404,8 +404,8 @@ COTNET_DEVICE SoftmaxSums<acc>* partial_of(SoftmaxSums<acc>* partial, const Vect
 }
 
 // A block has one chunk of a unit. First kernel: its sums.
-template <class Vectors, int kThreads, bool kBackward, class scalar_t>
-COTNET_KERNEL(kThreads, 1)
+template <class Vectors, bool kBackward, class scalar_t>
+COTNET_KERNEL(kGateSplitThreads, Vectors::kSums == 1 ? 3 : 2)
 spatial_softmax_gate_gather_kernel(const GateMaps<scalar_t> all /* [N, C, H, W] */, SoftmaxSums<acc_t<scalar_t>>* partial,
                                    const GatePlan plan) {
   using Sums = SoftmaxSums<acc_t<scalar_t>>;
@@ -424,8 +424,8 @@ spatial_softmax_gate_gather_kernel(const GateMaps<scalar_t> all /* [N, C, H, W] 
 }
 
 // Second kernel: every block merges the sums of all chunks of its unit, in the same order, and finishes its own.
-template <class Vectors, int kThreads, bool kBackward, class scalar_t>
-COTNET_KERNEL(kThreads, 1)
+template <class Vectors, bool kBackward, class scalar_t>
+COTNET_KERNEL(kGateSplitThreads, Vectors::kSums == 1 ? 3 : 2)
 spatial_softmax_gate_finish_kernel(const GateMaps<scalar_t> all /* [N, C, H, W] */, SoftmaxSums<acc_t<scalar_t>>* partial,
                                    const GatePlan plan) {
   using Sums = SoftmaxSums<acc_t<scalar_t>>;
@@ -455,8 +455,8 @@ void launch_gate_sweeps(const GatePlan& plan, const GateMaps<scalar_t>& maps, So
     launch_kernel(spatial_softmax_gate_whole_kernel<Vectors, kThreads, kBackward, scalar_t>, plan.launch, stream, maps, plan);
     return;
   }
-  launch_kernel(spatial_softmax_gate_gather_kernel<Vectors, kThreads, kBackward, scalar_t>, plan.launch, stream, maps, partial, plan);
-  launch_kernel(spatial_softmax_gate_finish_kernel<Vectors, kThreads, kBackward, scalar_t>, plan.launch, stream, maps, partial, plan);
+  launch_kernel(spatial_softmax_gate_gather_kernel<Vectors, kBackward, scalar_t>, plan.launch, stream, maps, partial, plan);
+  launch_kernel(spatial_softmax_gate_finish_kernel<Vectors, kBackward, scalar_t>, plan.launch, stream, maps, partial, plan);
 }
 
 // `partial` has plan.partial_sums() numbers.

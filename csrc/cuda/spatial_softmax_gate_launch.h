@@ -56,6 +56,7 @@ constexpr int kGateTileThreads = 448;
 constexpr int kGateRowThreads = 768;
 // channels_last holds sums for each of a vector's channels, 16 registers and more: 640 threads of 96 registers.
 constexpr int kGateImageThreads = 640;
+constexpr int kGateSplitThreads = 256;  // three such blocks, or two
 constexpr int kGateBatch = 4;  // steps whose loads go out together
 
 namespace gate {
@@ -141,10 +142,9 @@ inline void choose_rows(GatePlan& plan, int element_bytes, int acc_bytes, bool b
     steps = keep_steps(plan, vectors, acc_bytes, backward, device);
     if (steps == plan.kept && blocks_at_once(plan, device) >= part) break;
   }
-  const int threads = kGateRowThreads / 3;
-  const int64_t step = threads * vector, chunks = count_chunks(plan, step, element_bytes, acc_bytes, device);
+  const int64_t step = kGateSplitThreads * vector, chunks = count_chunks(plan, step, element_bytes, acc_bytes, device);
   if (chunks == 1 || (plan.plane < int64_t(1) << 28 && !is_split_better(plan, steps, backward, device))) return;
-  plan.launch.threads = threads;
+  plan.launch.threads = kGateSplitThreads;
   split(plan, chunks, step, acc_bytes);
 }
 
@@ -176,7 +176,7 @@ inline void choose_slabs(GatePlan& plan, int element_bytes, int acc_bytes, bool 
   const bool keeps = 4 * plan.kept >= steps && plan.plane < int64_t(1) << 28;
   if (keeps && !is_split_better(plan, steps, backward, device)) return;
   const GatePlan whole = plan;
-  set_lanes(plan, widest, threads, element_bytes, acc_bytes, backward, device);
+  set_lanes(plan, widest, kGateSplitThreads, element_bytes, acc_bytes, backward, device);
   const int64_t step = plan.launch.threads / plan.lanes, chunks = count_chunks(plan, step, element_bytes, acc_bytes, device);
   if (chunks == 1)
     plan = whole;
