@@ -6,7 +6,9 @@ included. Every kernel needs a row, and every row a kernel.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 # 65536 registers of a multiprocessor, shared by its resident threads in units of 8 per thread.
 REGISTERS = 65536
@@ -34,48 +36,44 @@ def registers_for(threads: int, blocks: int) -> int:
     return min(255, REGISTERS // (threads * blocks) // 8 * 8)
 
 
-# Blocks of these sizes are what the choosers in csrc/cuda/<op>_launch.h launch; the reasons for the
-# numbers are there, and the bounds that the compiler keeps to stand beside each kernel.
+def wide(loads: int, stores: int) -> dict[str, int]:
+    return {"wide_loads": loads, "wide_stores": stores}
+
+
+def constant(name: str) -> int:
+    """A number of the kernels' own, such as the threads of their blocks."""
+    folder = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+    text = "".join(path.read_text() for path in sorted(folder.glob("*.*h")))
+    return int(re.search(rf"constexpr int {name} = (\d+);", text).group(1))
+
+
+ANY = registers_for(constant("kAnyThreads"), 1)
+ROWS = registers_for(constant("kGateRowThreads"), 1)
+IMAGES = registers_for(constant("kGateImageThreads"), 1)
+SPLIT_ROWS = registers_for(constant("kGateSplitThreads"), 3)
+SPLIT_IMAGES = registers_for(constant("kGateSplitThreads"), 2)
+FUSION = constant("kFusionThreads")
+TILES = constant("kGateTileThreads")
+NORM = constant("kNormThreads")
+GATE = "spatial_softmax_gate_"
+
 BUDGETS: tuple[Budget, ...] = (
-    Budget(
-        "context_fusion_planes_kernel", registers_for(256, 3), "three blocks of 256 resident",
-        wide_loads=6, wide_stores=4,
-    ),
-    Budget(
-        "context_fusion_images_kernel", registers_for(256, 2), "two blocks of 256 resident",
-        wide_loads=6, wide_stores=4,
-    ),
+    # Any shape: a value at a time, and as many registers as a block can have. Nothing is spilled.
+    Budget("aggregation_(forward|grad_input|grad_weight)_kernel", ANY, "a block must fit"),
+    Budget("softmax_normaliser_kernel", registers_for(constant("kAnyThreads"), 3), "three blocks"),
+    Budget("group_norm_statistics_kernel", registers_for(NORM, 3), "three blocks: reads w alone"),
+    Budget("group_norm_sums_kernel", registers_for(NORM, 1), "a block must fit"),
+    Budget("group_norm_(means|merge|parameters)_kernel", registers_for(NORM, 2), "little to do"),
+    # Vectors of 16 bytes, several under way; narrower accesses are for the ends of unaligned maps.
+    Budget("context_fusion_planes_kernel", registers_for(FUSION, 3), "three blocks", **wide(6, 4)),
+    Budget("context_fusion_images_kernel", registers_for(FUSION, 2), "two blocks", **wide(6, 4)),
     Budget("context_fusion_grad_logits_kernel", 64, "sums a few numbers per channel"),
-    Budget(
-        "spatial_softmax_gate_tile_kernel<double", registers_for(448, 1), "one block of 448",
-        wide_loads=6, wide_stores=2,
-    ),
-    Budget(
-        "spatial_softmax_gate_tile_kernel", registers_for(448, 2), "two blocks of 448 resident",
-        wide_loads=6, wide_stores=2,
-    ),
-    Budget(
-        "spatial_softmax_gate_whole_kernel<cotnet::Plane", registers_for(768, 1), "blocks of 768",
-        wide_loads=10, wide_stores=2,
-    ),
-    Budget(
-        "spatial_softmax_gate_whole_kernel<cotnet::Image", registers_for(512, 1), "blocks of 512",
-        wide_loads=10, wide_stores=2,
-    ),
-    Budget(
-        "spatial_softmax_gate_gather_kernel<cotnet::Plane", registers_for(768, 1), "blocks of 768",
-        wide_loads=4,
-    ),
-    Budget(
-        "spatial_softmax_gate_gather_kernel<cotnet::Image", registers_for(512, 1), "blocks of 512",
-        wide_loads=4,
-    ),
-    Budget(
-        "spatial_softmax_gate_finish_kernel<cotnet::Plane", registers_for(768, 1), "blocks of 768",
-        wide_loads=6, wide_stores=2,
-    ),
-    Budget(
-        "spatial_softmax_gate_finish_kernel<cotnet::Image", registers_for(512, 1), "blocks of 512",
-        wide_loads=6, wide_stores=2,
-    ),
-)  # fmt: skip
+    Budget(f"{GATE}tile_kernel<double", registers_for(TILES, 1), "one block", **wide(6, 2)),
+    Budget(f"{GATE}tile_kernel", registers_for(TILES, 2), "two blocks", **wide(6, 2)),
+    Budget(f"{GATE}whole_kernel<cotnet::Plane", ROWS, "a block must fit", **wide(10, 2)),
+    Budget(f"{GATE}whole_kernel<cotnet::Image", IMAGES, "a block must fit", **wide(10, 2)),
+    Budget(f"{GATE}gather_kernel<cotnet::Plane", SPLIT_ROWS, "three blocks", **wide(4, 0)),
+    Budget(f"{GATE}gather_kernel<cotnet::Image", SPLIT_IMAGES, "two blocks", **wide(4, 0)),
+    Budget(f"{GATE}finish_kernel<cotnet::Plane", SPLIT_ROWS, "three blocks", **wide(6, 2)),
+    Budget(f"{GATE}finish_kernel<cotnet::Image", SPLIT_IMAGES, "two blocks", **wide(6, 2)),
+)
