@@ -91,12 +91,13 @@ def problem(case: Case, channels_last: bool) -> tuple[int, int, int, bool]:
 
 
 def place(raw: np.ndarray, offset: int) -> np.ndarray:
-    """A copy that begins `offset` elements past an aligned address."""
-    room = np.empty(raw.size + 16, raw.dtype)
-    first = -(room.ctypes.data // room.itemsize) % (16 // room.itemsize) + offset
-    view = room[first : first + raw.size]
-    view[:] = raw
-    return view
+    """A copy that begins `offset` elements past an aligned address and ends where its memory ends,
+    so that AddressSanitizer sees the first element past it."""
+    room = np.empty(offset + raw.size, raw.dtype)
+    assert room.ctypes.data % 16 == 0
+    room[:offset] = -1
+    room[offset:] = raw
+    return room[offset:]
 
 
 def array_of(t: torch.Tensor, channels_last: bool = False, offset: int = 0) -> np.ndarray:
