@@ -30,13 +30,13 @@ def problem(case: Case, last: bool) -> tuple:
     return (*counts, *sizes, reflect, last)
 
 
-def as_map(case: Case, t: torch.Tensor) -> torch.Tensor:
+def as_map(t: torch.Tensor) -> torch.Tensor:
     """A weight [N, G, Cw, K, Ho, Wo] seen as a map [N, G*Cw*K, Ho, Wo]; others as they are."""
-    return t.reshape(case.batch, -1, *case.output_size) if t.dim() == 6 else t
+    return t.flatten(1, 3) if t.dim() == 6 else t
 
 
-def array(case: Case, t: torch.Tensor, last: bool, offset: int = 0) -> np.ndarray:
-    return array_of(as_map(case, t), last, offset)
+def array(t: torch.Tensor, last: bool, offset: int = 0) -> np.ndarray:
+    return array_of(as_map(t), last, offset)
 
 
 def tensor(case: Case, a: np.ndarray, shape: tuple, dtype: torch.dtype, last: bool) -> torch.Tensor:
@@ -62,8 +62,8 @@ def run(
     dtype = known.grad.dtype
     shapes = {"output": case.output_shape}
     shapes |= {name: tuple(t.shape) for name, t in known.tensors.items()}
-    a = {name: array(case, t, last, offset) for name, t in known.tensors.items()}
-    grad = array(case, known.grad, last, offset)
+    a = {name: array(t, last, offset) for name, t in known.tensors.items()}
+    grad = array(known.grad, last, offset)
     results = {
         name: poisoned(shape, dtype, offset)
         for name, shape in shapes.items()

@@ -3,6 +3,8 @@ in every dtype and layout."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import CASES, EMPTY, FILLED, REPRESENTATIVE, dtype_id, each
@@ -62,7 +64,7 @@ def test_arrays_at_odd_addresses(kernels, case, last, function, offset):
 def test_only_the_gradients_asked_for(kernels, case, last, function):
     known = expected(function, case, torch.float32)
     for only in function.arguments:
-        results = run(kernels, function, case, known, last, asked=lambda name: name == only)
+        results = run(kernels, function, case, known, last, asked={only}.__contains__)
         assert set(results) == {"output", only}
         check_all(function, results, known)
 
@@ -79,3 +81,74 @@ def test_problems_reach_cpp_as_they_are():
     assert problem(CASES["k3x5"], True) == (
         2, 12, 1, 4, (8, 8, 3, 1, 1, 1), (10, 10, 5, 1, 2, 1), False, True,
     )  # fmt: skip
+
+
+# ---- tiles: 3 x 3 taps, stride 1, contiguous maps, 8 channels for each weight -------------------
+
+
+def tiled(name: str, batch: int, weight_channels: int, sharing: int, height: int, width: int):
+    plain = CASES["odd_9x11"]
+    channels = weight_channels * sharing
+    return replace(
+        plain, name=name, batch=batch, channels=channels, weight_channels=weight_channels,
+        height=height, width=width,
+    )  # fmt: skip
+
+
+# Rows of every remainder by four; several planes in a block, the last block with fewer; planes that
+# are no multiple of 16 bytes; strips with and without a remainder; 16 channels for each weight.
+TILES = (
+    tiled("tile_7x7", 2, 11, 8, 7, 7),
+    tiled("tile_14x14", 1, 3, 16, 14, 14),
+    tiled("tile_28x28", 1, 2, 8, 28, 28),
+    tiled("tile_56x56", 1, 1, 8, 56, 56),
+    tiled("tile_25x34", 1, 2, 8, 25, 34),
+    tiled("tile_31x41", 1, 2, 8, 31, 41),
+    tiled("tile_3x99", 1, 1, 8, 3, 99),
+    tiled("tile_1x1", 2, 3, 8, 1, 1),
+    tiled("tile_2x5", 1, 40, 8, 2, 5),
+    tiled("tile_9x130", 1, 1, 8, 9, 130),
+)
+GPU = pytest.mark.parametrize("gpu", [GPUS["H200"], GPUS["small"]], ids=["H200", "small"])
+
+
+def known_tile(kernels, case, dtype, gpu, aligned=True, last=False):
+    size = torch.finfo(dtype).bits // 8
+    return kernels.choose_aggregation_tile(problem(case, last), size, aligned, True, gpu)
+
+
+@each(TILES)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_id)
+@GPU
+@FUNCTIONS
+def test_tiles(kernels, schedules, case, dtype, gpu, function):
+    assert known_tile(kernels, case, dtype, gpu)
+    check_schedules(kernels, schedules, function, case, dtype, False, gpu=gpu)
+
+
+def test_tiles_are_for_what_fits_them(kernels):
+    tile, h200 = TILES[0], GPUS["H200"]
+    assert known_tile(kernels, tile, torch.float32, h200)
+    assert known_tile(kernels, tile, torch.float64, h200) is None
+    assert known_tile(kernels, tile, torch.float32, h200, aligned=False) is None
+    assert known_tile(kernels, tile, torch.float32, h200, last=True) is None
+    assert known_tile(kernels, replace(tile, weight_channels=22), torch.float32, h200) is None
+    for other in ("k5", "stride2", "dilation2", "padding0", "reflect", "heads2", "empty_batch"):
+        assert known_tile(kernels, CASES[other], torch.float32, h200) is None, other
+
+
+@each(TILES + tuple(CASES[f"stage{i}"] for i in ("1_64x56x56", "2_128x28x28")))
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_id)
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+def test_tiles_fit_the_gpu(kernels, case, dtype, gpu):
+    planes, rows, strips, threads, shared = known_tile(kernels, case, dtype, gpu)
+    assert threads <= 256 and shared <= gpu[2]
+    assert planes == 1 or strips == 1
+    assert rows * strips >= case.height > rows * (strips - 1)
+
+
+def test_tiles_of_the_small_maps_move_whole_vectors(kernels):
+    """Planes of 98 and 392 bytes move eight and two at a time."""
+    for stage, planes in (("stage4_512x7x7", 8), ("stage3_256x14x14", 2)):
+        tile = known_tile(kernels, CASES[stage], torch.bfloat16, GPUS["H200"])
+        assert tile[0] == planes, tile

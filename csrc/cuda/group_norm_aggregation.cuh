@@ -4,6 +4,7 @@
 
 #include "core/operands.h"
 #include "cuda/aggregation.cuh"
+#include "cuda/aggregation_tile.cuh"
 #include "cuda/block_sum.cuh"
 #include "cuda/group_norm_aggregation_launch.h"
 
@@ -75,7 +76,7 @@ NormWeights<scalar_t> norm_weights(const AggregationProblem& p, const GroupNormO
 template <class scalar_t>
 void group_norm_aggregation_forward(const AggregationProblem& p, const GroupNormOperands<scalar_t>& a, double eps,
                                     scalar_t* y /* [N, G*C, Ho, Wo] */, const NormParts& parts, double* scratch,
-                                    const DeviceNumbers&, Stream stream) {
+                                    const DeviceNumbers& numbers, Stream stream) {
   const int64_t units = p.batch * p.heads * p.weight_channels;
   Launch launch;
   launch.grid_x = unsigned(units * parts.count);
@@ -84,7 +85,9 @@ void group_norm_aggregation_forward(const AggregationProblem& p, const GroupNorm
   launch.grid_x = blocks_for(units, kNormThreads);
   launch_kernel(group_norm_merge_kernel<acc_t<scalar_t>>, launch, stream, units, p.taps() * p.out_plane(), parts, eps, scratch,
                 a.mean, a.rstd);
-  launch_aggregation_forward(p, norm_weights(p, a), a.x, y, stream);
+  const NormWeights<scalar_t> weights = norm_weights(p, a);
+  if (!try_aggregation_tile<false>(p, weights, a.w, a.x, y, numbers, stream))
+    launch_aggregation_forward(p, weights, a.x, y, stream);
 }
 
 // ---- backward. With d the gradient of the normalised weights, xhat = (w - mean) * rstd and M = K * plane:
@@ -173,10 +176,11 @@ struct NormSink {
 template <class scalar_t>
 void group_norm_aggregation_backward(const AggregationProblem& p, const GroupNormOperands<scalar_t>& a, const scalar_t* grad_y,
                                      scalar_t* grad_x, scalar_t* grad_w, scalar_t* grad_gamma, scalar_t* grad_beta,
-                                     double* scratch, const DeviceNumbers&, Stream stream) {
+                                     double* scratch, const DeviceNumbers& numbers, Stream stream) {
   const int64_t units = p.batch * p.heads * p.weight_channels, parameters = p.heads * p.weight_channels * p.taps();
   const NormWeights<scalar_t> weights = norm_weights(p, a);
-  if (grad_x) launch_aggregation_grad_input(p, weights, grad_y, grad_x, stream);
+  if (grad_x && !try_aggregation_tile<true>(p, weights, a.w, grad_y, grad_x, numbers, stream))
+    launch_aggregation_grad_input(p, weights, grad_y, grad_x, stream);
   if (!grad_w && !grad_gamma && !grad_beta) return;
   double* const means = scratch + 2 * units * p.taps();
   Launch launch;

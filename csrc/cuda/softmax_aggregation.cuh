@@ -2,14 +2,17 @@
 #pragma once
 
 #include "cuda/aggregation.cuh"
+#include "cuda/aggregation_tile.cuh"
 
 namespace cotnet {
 
 template <class scalar_t>
 void softmax_aggregation_forward(const AggregationProblem& p, const scalar_t* x /* [N, C, H, W] */,
                                  const scalar_t* logits /* [N, G, Cw, K, Ho, Wo] */, scalar_t* y /* [N, G*C, Ho, Wo] */,
-                                 const DeviceNumbers&, Stream stream) {
-  launch_aggregation_forward(p, SoftmaxWeights<scalar_t>{{logits, weight_strides(p)}}, x, y, stream);
+                                 const DeviceNumbers& numbers, Stream stream) {
+  const SoftmaxWeights<scalar_t> weights{{logits, weight_strides(p)}};
+  if (try_aggregation_tile<false>(p, weights, logits, x, y, numbers, stream)) return;
+  launch_aggregation_forward(p, weights, x, y, stream);
 }
 
 // Elements of acc_t that the backward needs for the largest logit and 1/(sum of exponentials) of each window: 2/K of the

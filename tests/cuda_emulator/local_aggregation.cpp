@@ -23,4 +23,12 @@ COTNET_BINDINGS(m) {
                                  out<scalar_t>(grad_x), out<scalar_t>(grad_w), device_numbers(device), Stream{});
     });
   });
+  // (planes, rows, strips, threads, bytes of shared memory) of a block, or None.
+  m.def("choose_aggregation_tile", [](const py::tuple& problem, int element_bytes, bool aligned, bool weight_halo,
+                                      const py::tuple& device) -> py::object {
+    const Tile tile =
+        choose_aggregation_tile(aggregation_problem(problem), element_bytes, aligned, weight_halo, device_numbers(device));
+    if (!tile.possible()) return py::none();
+    return py::make_tuple(tile.planes, tile.rows, tile.strips, tile.launch.threads, tile.launch.shared_bytes);
+  });
 }
