@@ -107,7 +107,7 @@ COTNET_DEVICE void store_fused(const FusionMaps<scalar_t>& maps, const Slot& slo
   if (kBackward && maps.grad_s) store_slot(maps.grad_s, slot, results.s);
 }
 
-// ---- NCHW ------------------------------------------------------------------------------------------------------------------
+// ---- NCHW -------------------------------------------------------------------------------------------------
 
 template <class scalar_t, bool kBackward>
 constexpr int kFusionItems = kBackward ? kFusionBackwardItems : kFusionForwardItems;
@@ -129,8 +129,8 @@ struct FusionMemory {
 
 // Adds up the products of each row by teams: the threads of a block are rows x teams of a row x lanes of a team.
 template <class scalar_t>
-COTNET_DEVICE void sum_products(const FusionMaps<scalar_t>& maps, const FusionMemory<scalar_t, true>& memory, const FusionPlan& plan,
-                                int64_t first_row, int rows, int first, int length) {
+COTNET_DEVICE void sum_products(const FusionMaps<scalar_t>& maps, const FusionMemory<scalar_t, true>& memory,
+                                const FusionPlan& plan, int64_t first_row, int rows, int first, int length) {
   using acc = acc_t<scalar_t>;
   const int thread = int(threadIdx.x), team = thread / plan.team, lane = thread % plan.team;
   const int row = team / plan.teams_per_row, part = team % plan.teams_per_row;
@@ -149,8 +149,8 @@ COTNET_DEVICE void sum_products(const FusionMaps<scalar_t>& maps, const FusionMe
     write_grad_logits(maps, first_row + thread, total);
 }
 
-// A block has rows_per_block planes, one after the other in memory, or a chunk of one plane; a thread has some vectors of all
-// maps in its registers. Planes need not begin at a vector.
+// A block has rows_per_block planes, one after the other in memory, or a chunk of one plane; a thread has some vectors of
+// all maps in its registers. Planes need not begin at a vector.
 template <class scalar_t, bool kBackward>
 COTNET_KERNEL(kFusionThreads, 3)
 context_fusion_planes_kernel(const FusionMaps<scalar_t> all /* [N, C, H, W] */, const FusionPlan plan) {
@@ -177,7 +177,7 @@ context_fusion_planes_kernel(const FusionMaps<scalar_t> all /* [N, C, H, W] */, 
 
   COTNET_UNROLL
   for (int k = 0; k < kItems; ++k) {
-    const int at = (k * int(blockDim.x) + int(threadIdx.x)) * kVector, element = at - vectors.first;  // from the first row on
+    const int at = (k * int(blockDim.x) + int(threadIdx.x)) * kVector, element = at - vectors.first;  // from the rows' begin
     if (element >= rows * length) continue;
     int row = element < 0 ? 0 : int(unsigned(element) / unsigned(length)), left_in_row = length - (element - row * length);
     FusionWeights<acc> p = memory.row[row];
@@ -199,7 +199,7 @@ context_fusion_planes_kernel(const FusionMaps<scalar_t> all /* [N, C, H, W] */, 
   }
 }
 
-// ---- channels_last -----------------------------------------------------------------------------------------------------------
+// ---- channels_last ----------------------------------------------------------------------------------------
 
 // Merges the sums of the threads that share channels: lanes of a warp first, then the warps in order. One thread for each
 // channel of the slab then has its total. `memory` [warps, lanes, kVector].
@@ -208,7 +208,8 @@ COTNET_DEVICE void sum_slab(const FusionMaps<scalar_t>& maps, const FusionPlan& 
                             acc_t<scalar_t>* sums, acc_t<scalar_t>* memory) {
   using acc = acc_t<scalar_t>;
   constexpr int kVector = kMapVector<scalar_t>;
-  const int thread = int(threadIdx.x), lane = thread % plan.lanes, width = plan.lanes * kVector, warps = int(blockDim.x) / 32;
+  const int thread = int(threadIdx.x), lane = thread & (plan.lanes - 1), warps = int(blockDim.x) / 32;
+  const int width = plan.lanes * kVector;
   for (int d = plan.lanes; d < 32; d *= 2)
     COTNET_UNROLL
     for (int i = 0; i < kVector; ++i) sums[i] += shuffle_xor(kAllLanes, sums[i], d);
@@ -240,7 +241,8 @@ context_fusion_images_kernel(const FusionMaps<scalar_t> maps /* [N, H, W, C] */,
   const int64_t image = unit / plan.slabs, slab = unit - image * plan.slabs, begin = blockIdx.x * plan.chunk;
   const int64_t left = plan.plane - begin;
   const int pixels = int(left < plan.chunk ? left : plan.chunk), width = plan.lanes * kVector;
-  const ImageVectors<scalar_t> vectors(image * plan.plane * plan.channels, begin, pixels, plan.channels, slab, plan.lanes, plan.aligned);
+  const ImageVectors<scalar_t> vectors(image * plan.plane * plan.channels, begin, pixels, plan.channels, slab, plan.lanes,
+                                       plan.aligned);
 
   FusionWeights<acc>* const weights = reinterpret_cast<FusionWeights<acc>*>(shared);  // [width]
   for (int i = int(threadIdx.x); i < width; i += int(blockDim.x))
@@ -271,7 +273,7 @@ context_fusion_images_kernel(const FusionMaps<scalar_t> maps /* [N, H, W, C] */,
     if (maps.grad_logits) sum_slab(maps, plan, image, slab, sums, reinterpret_cast<acc*>(weights + width));
 }
 
-// ---- the sums of several chunks ------------------------------------------------------------------------------------------------
+// ---- the sums of several chunks ---------------------------------------------------------------------------
 
 // A warp has one channel of one image and adds up its chunks.
 template <class scalar_t>
@@ -290,7 +292,7 @@ context_fusion_grad_logits_kernel(const FusionMaps<scalar_t> maps, const FusionP
   if (lane == 0) write_grad_logits(maps, row, sum);
 }
 
-// ---- launches ------------------------------------------------------------------------------------------------------------------
+// ---- launches ---------------------------------------------------------------------------------------------
 
 template <bool kBackward, class scalar_t>
 void launch_fusion(const FusionPlan& plan, const FusionMaps<scalar_t>& maps, Stream stream) {
@@ -301,8 +303,8 @@ void launch_fusion(const FusionPlan& plan, const FusionMaps<scalar_t>& maps, Str
 }
 
 template <class scalar_t>
-void context_fusion_forward_launch(const FusionPlan& plan, const scalar_t* d, const scalar_t* s, const scalar_t* logits, scalar_t* y,
-                                   Stream stream) {
+void context_fusion_forward_launch(const FusionPlan& plan, const scalar_t* d, const scalar_t* s, const scalar_t* logits,
+                                   scalar_t* y, Stream stream) {
   launch_fusion<false>(plan, FusionMaps<scalar_t>{d, s, nullptr, logits, y, nullptr, nullptr, nullptr}, stream);
 }
 

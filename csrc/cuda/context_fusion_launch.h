@@ -33,9 +33,9 @@ struct FusionPlan {
   int64_t partial_sums() const { return chunks > 1 ? rows * chunks : 0; }
 };
 
-// NCHW: vectors of each map that a thread has in registers at once. Forward: 4 of 2 maps, 128 bytes under way for each thread;
-// backward: 2 of 3, 96 bytes. With 80 registers 768 threads share a multiprocessor: 72 KB or more, and 48 KB keep the memory of
-// an H200 busy.
+// NCHW: vectors of each map that a thread has in registers at once. Forward: 4 of 2 maps, 128 bytes under way for each
+// thread; backward: 2 of 3, 96 bytes. With 80 registers 768 threads share a multiprocessor: 72 KB or more, and 48 KB keep
+// the memory of an H200 busy.
 constexpr int kFusionForwardItems = 4;
 constexpr int kFusionBackwardItems = 2;
 constexpr int kFusionThreads = 256;
@@ -117,10 +117,12 @@ inline FusionPlan choose(const MapProblem& p, int element_bytes, bool aligned, b
 }  // namespace fusion
 
 // `aligned`: every map begins at a multiple of 16 bytes.
-inline FusionPlan choose_context_fusion_forward(const MapProblem& p, int element_bytes, bool aligned, const DeviceNumbers& device) {
+inline FusionPlan choose_context_fusion_forward(const MapProblem& p, int element_bytes, bool aligned,
+                                                const DeviceNumbers& device) {
   return fusion::choose(p, element_bytes, aligned, false, device);
 }
-inline FusionPlan choose_context_fusion_backward(const MapProblem& p, int element_bytes, bool aligned, const DeviceNumbers& device) {
+inline FusionPlan choose_context_fusion_backward(const MapProblem& p, int element_bytes, bool aligned,
+                                                 const DeviceNumbers& device) {
   return fusion::choose(p, element_bytes, aligned, true, device);
 }
 

@@ -24,7 +24,9 @@
 // multiprocessor should hold: what registers are rationed by.
 #define COTNET_KERNEL(threads, min_blocks) __global__ void __launch_bounds__(threads, min_blocks)
 #define COTNET_DEVICE __device__ __forceinline__
-#define COTNET_UNROLL _Pragma("unroll")
+#define COTNET_PRAGMA(text) _Pragma(#text)
+#define COTNET_UNROLL COTNET_PRAGMA(unroll)
+#define COTNET_UNROLL_BY(count) COTNET_PRAGMA(unroll count)
 
 // Shared memory: type (&name)[size], and the unsigned char* that Launch::shared_bytes asks for (16-byte aligned).
 #define COTNET_SHARED(type, name, size) __shared__ type name[size]

@@ -5,6 +5,8 @@
 // aligned when the channels fill whole vectors. Vectors that are in part or not aligned go element by element.
 #pragma once
 
+#include <initializer_list>
+
 #include "cuda/device.cuh"
 
 namespace cotnet {
@@ -120,7 +122,8 @@ struct ImageVectors {
   unsigned mask;   // of the lane's channels, as in a slot
 
   // Pixels [pixel, pixel + pixels) of an image that begins at `image`, `lanes` vectors of channels, the slab-th so many.
-  COTNET_DEVICE ImageVectors(int64_t image, int64_t pixel, int pixels, int64_t channels, int64_t slab, int lanes, bool aligned)
+  COTNET_DEVICE ImageVectors(int64_t image, int64_t pixel, int pixels, int64_t channels, int64_t slab, int lanes,
+                             bool aligned)
       : lane_count(lanes) {
     const int rows = int(blockDim.x) / lanes, row = int(threadIdx.x) / lanes;
     const int64_t channel = (slab * lanes + lane()) * kSums, left = channels - channel;
@@ -136,6 +139,13 @@ struct ImageVectors {
   COTNET_DEVICE int lanes() const { return lane_count; }
   COTNET_DEVICE int lane() const { return int(threadIdx.x) & (lane_count - 1); }
 };
+
+// Whether every map that is there begins at a multiple of 16 bytes.
+inline bool are_aligned(std::initializer_list<const void*> maps) {
+  for (const void* const map : maps)
+    if (map && alignment_of(map) < 16) return false;
+  return true;
+}
 
 // See set_grid in map_launch.h; the last few units may not exist.
 COTNET_DEVICE int64_t unit_number() { return int64_t(blockIdx.z) * gridDim.y + blockIdx.y; }

@@ -13,12 +13,6 @@
 namespace cotnet {
 namespace {
 
-bool aligned(std::initializer_list<const Tensor*> maps) {
-  for (const Tensor* map : maps)
-    if (alignment_of(map->const_data_ptr()) < 16) return false;
-  return true;
-}
-
 // Room for the sums of chunks.
 Tensor partial_sums(const Tensor& like, const GatePlan& plan) {
   const bool wide = like.scalar_type() == ScalarType::Double;
@@ -34,9 +28,11 @@ Tensor spatial_softmax_gate_cuda(const Tensor& logits, const Tensor& value, cons
   const Tensor y = empty_map(logits, p.batch, p.channels, logits.size(2), logits.size(3), p.channels_last);
   dispatch_dtype(x, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
-    const auto plan = choose_spatial_softmax_gate_forward(p, sizeof(scalar_t), aligned({&x, &v, &s, &y}), context.numbers);
+    scalar_t* const result = mutable_data<scalar_t>(y);
+    const bool aligned = are_aligned({data<scalar_t>(x), data<scalar_t>(v), data<scalar_t>(s), result});
+    const auto plan = choose_spatial_softmax_gate_forward(p, sizeof(scalar_t), aligned, context.numbers);
     const Tensor partial = partial_sums(x, plan);
-    spatial_softmax_gate_forward_launch(plan, data<scalar_t>(x), data<scalar_t>(v), data<scalar_t>(s), mutable_data<scalar_t>(y),
+    spatial_softmax_gate_forward_launch(plan, data<scalar_t>(x), data<scalar_t>(v), data<scalar_t>(s), result,
                                         mutable_data<acc_t<scalar_t>>(partial), context.stream);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
@@ -52,19 +48,20 @@ std::tuple<Tensor, Tensor> spatial_softmax_gate_backward_cuda(const Tensor& grad
   const Tensor x = map_in_layout(logits, p.channels_last);
   const Tensor v = map_in_layout(value, p.channels_last);
   const auto output = [&](bool wanted) {
-    return wanted ? empty_map(logits, p.batch, p.channels, logits.size(2), logits.size(3), p.channels_last) : no_grad(logits);
+    if (!wanted) return no_grad(logits);
+    return empty_map(logits, p.batch, p.channels, logits.size(2), logits.size(3), p.channels_last);
   };
   const Tensor grad_logits = output(output_mask[0]), grad_value = output(output_mask[1]);
   if (!output_mask[0] && !output_mask[1]) return {grad_logits, grad_value};
   dispatch_dtype(x, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
-    const bool whole = aligned({&g, &x, &v}) && (!output_mask[0] || aligned({&grad_logits})) && (!output_mask[1] || aligned({&grad_value}));
+    scalar_t* const grad_x = output_mask[0] ? mutable_data<scalar_t>(grad_logits) : nullptr;
+    scalar_t* const grad_v = output_mask[1] ? mutable_data<scalar_t>(grad_value) : nullptr;
+    const bool aligned = are_aligned({data<scalar_t>(g), data<scalar_t>(x), data<scalar_t>(v), grad_x, grad_v});
     const auto choose = output_mask[0] ? choose_spatial_softmax_gate_backward : choose_spatial_softmax_gate_forward;
-    const auto plan = choose(p, sizeof(scalar_t), whole, context.numbers);
+    const auto plan = choose(p, sizeof(scalar_t), aligned, context.numbers);
     const Tensor partial = partial_sums(x, plan);
-    spatial_softmax_gate_backward_launch(plan, data<scalar_t>(g), data<scalar_t>(x), data<scalar_t>(v),
-                                         output_mask[0] ? mutable_data<scalar_t>(grad_logits) : nullptr,
-                                         output_mask[1] ? mutable_data<scalar_t>(grad_value) : nullptr,
+    spatial_softmax_gate_backward_launch(plan, data<scalar_t>(g), data<scalar_t>(x), data<scalar_t>(v), grad_x, grad_v,
                                          mutable_data<acc_t<scalar_t>>(partial), context.stream);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });

@@ -27,7 +27,7 @@ struct GatePlan {
 
   // kTile
   int rows_per_block;
-  int team;           // lanes that sum one row together, a power of two
+  int team_shift;     // 2^team_shift lanes sum one row together
   int teams_per_row;  // at most a team of 32 lanes is one warp; long rows take several
 
   // kWhole, kSplit
@@ -51,8 +51,8 @@ struct GatePlan {
 // vectors, as 56x56 in float32.
 constexpr int kGateTileItems = 2;
 constexpr int kGateTileThreads = 448;
-// Rows: four vectors of x under way in the first sweep, two each of two maps in the second, so 48 KB for the 768 threads that
-// share a multiprocessor at 80 registers: one block, or two or three if shared memory has room for as many rows.
+// Rows: four vectors of x under way in the first sweep, two each of two maps in the second, so 48 KB for the 768 threads
+// that share a multiprocessor at 80 registers: one block, or two or three if shared memory has room for as many rows.
 constexpr int kGateRowThreads = 768;
 // channels_last holds sums for each of a vector's channels, 16 registers and more: 640 threads of 96 registers.
 constexpr int kGateImageThreads = 640;
@@ -62,7 +62,9 @@ constexpr int kGateBatch = 4;  // steps whose loads go out together
 namespace gate {
 
 // Shared memory of a block that merges its threads' sums: three of acc_t for each warp and each channel of a slab.
-inline int merge_bytes(int threads, int sums, int acc_bytes) { return int(round_up((threads / 32 + 1) * sums * 3 * acc_bytes, 16)); }
+inline int merge_bytes(int threads, int sums, int acc_bytes) {
+  return int(round_up((threads / 32 + 1) * sums * 3 * acc_bytes, 16));
+}
 
 inline void choose_tile(GatePlan& plan, int element_bytes, int acc_bytes, bool backward) {
   const int vector = 16 / element_bytes;
@@ -78,13 +80,13 @@ inline void choose_tile(GatePlan& plan, int element_bytes, int acc_bytes, bool b
   const int64_t used = ceil_div(rows * plan.plane, vector) + (step > 1 ? 1 : 0);
   plan.rows_per_block = int(rows);
   plan.launch.threads = unsigned(round_up(std::max<int64_t>(ceil_div(used, kGateTileItems), rows), 32));
-  const int teams = int(plan.launch.threads) / 32;  // warps
-  plan.team = std::min(power_of_two_upto(plan.launch.threads / rows), 32);
-  plan.teams_per_row = plan.team < 32 ? 1 : std::max(teams / int(rows), 1);
+  const int warps = int(plan.launch.threads) / 32;
+  while (plan.team_shift < 5 && rows << (plan.team_shift + 1) <= plan.launch.threads) ++plan.team_shift;
+  plan.teams_per_row = plan.team_shift < 5 ? 1 : std::max(warps / int(rows), 1);
   set_grid(plan.launch, ceil_div(plan.rows, rows), 1);
   const int capacity = int(plan.launch.threads) * kGateTileItems * vector;
   const int sums = 3 * acc_bytes * int(plan.launch.threads + rows + vector);
-  plan.launch.shared_bytes = unsigned(capacity * (element_bytes + (backward ? acc_bytes : 0)) + sums);
+  plan.launch.shared_bytes = unsigned(capacity * (element_bytes + (backward && rows > 1 ? acc_bytes : 0)) + sums);
 }
 
 // Sizes kWhole for units of so many vectors, whose blocks have plan.launch.threads: shared memory keeps as many steps as it
@@ -103,10 +105,11 @@ inline int64_t blocks_at_once(const GatePlan& plan, const DeviceNumbers& device)
   return (device.shared_bytes + 1024) / (int64_t(plan.launch.shared_bytes) + 1024);
 }
 
-// Pieces of a map for kSplit. Thirty-two blocks for each multiprocessor, so that the last ones to run are a small part; but a
-// batch of loads for each thread at least. And every block of the second kernel reads the sums of all chunks, `chunks` times
-// three of acc_t for each row: no more than an eighth of the maps that it moves. Kernels count a chunk in 32 bits.
-inline int64_t count_chunks(const GatePlan& plan, int64_t step, int element_bytes, int acc_bytes, const DeviceNumbers& device) {
+// Pieces of a map for kSplit. Thirty-two blocks for each multiprocessor, so that the last ones to run are a small part; but
+// a batch of loads for each thread at least. And every block of the second kernel reads the sums of all chunks, three of
+// acc_t for each chunk and row: no more than an eighth of the maps that it moves. Kernels count a chunk in 32 bits.
+inline int64_t count_chunks(const GatePlan& plan, int64_t step, int element_bytes, int acc_bytes,
+                            const DeviceNumbers& device) {
   const int64_t wanted = ceil_div(int64_t(device.sm_count) * 32, plan.units);
   const int64_t by_sums = int64_t(std::sqrt(double(plan.plane) * element_bytes * 4 / (8 * 3 * acc_bytes)));
   const int64_t most = std::max<int64_t>(std::min(by_sums, plan.plane / (kGateBatch * step)), 1);
@@ -216,10 +219,12 @@ inline GatePlan choose(const MapProblem& p, int element_bytes, bool aligned, boo
 }  // namespace gate
 
 // `aligned`: every map begins at a multiple of 16 bytes.
-inline GatePlan choose_spatial_softmax_gate_forward(const MapProblem& p, int element_bytes, bool aligned, const DeviceNumbers& device) {
+inline GatePlan choose_spatial_softmax_gate_forward(const MapProblem& p, int element_bytes, bool aligned,
+                                                    const DeviceNumbers& device) {
   return gate::choose(p, element_bytes, aligned, false, device);
 }
-inline GatePlan choose_spatial_softmax_gate_backward(const MapProblem& p, int element_bytes, bool aligned, const DeviceNumbers& device) {
+inline GatePlan choose_spatial_softmax_gate_backward(const MapProblem& p, int element_bytes, bool aligned,
+                                                     const DeviceNumbers& device) {
   return gate::choose(p, element_bytes, aligned, true, device);
 }
 

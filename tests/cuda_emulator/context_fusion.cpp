@@ -7,12 +7,6 @@ using namespace cotnet::bindings;
 
 namespace {
 
-bool all_aligned(std::initializer_list<const void*> pointers) {
-  for (const void* p : pointers)
-    if (p && alignment_of(p) < 16) return false;
-  return true;
-}
-
 py::dict describe(const FusionPlan& plan) {
   py::dict d;
   d["grid"] = py::make_tuple(plan.launch.grid_x, plan.launch.grid_y, plan.launch.grid_z);
@@ -31,11 +25,11 @@ py::dict describe(const FusionPlan& plan) {
   return d;
 }
 
-void forward(const py::tuple& problem, const std::string& dtype, const py::tuple& device, const py::object& d, const py::object& s,
-             const py::object& logits, const py::object& y) {
+void forward(const py::tuple& problem, const std::string& dtype, const py::tuple& device, const py::object& d,
+             const py::object& s, const py::object& logits, const py::object& y) {
   dispatch_dtype(dtype, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
-    const bool aligned = all_aligned({in<scalar_t>(d), in<scalar_t>(s), out<scalar_t>(y)});
+    const bool aligned = are_aligned({in<scalar_t>(d), in<scalar_t>(s), out<scalar_t>(y)});
     const auto plan = choose_context_fusion_forward(map_problem(problem), sizeof(scalar_t), aligned, device_numbers(device));
     context_fusion_forward_launch(plan, in<scalar_t>(d), in<scalar_t>(s), in<scalar_t>(logits), out<scalar_t>(y), Stream{});
   });
@@ -47,16 +41,20 @@ void backward(const py::tuple& problem, const std::string& dtype, const py::tupl
   dispatch_dtype(dtype, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc = acc_t<scalar_t>;
-    const bool aligned = all_aligned({in<scalar_t>(grad_y), in<scalar_t>(d), in<scalar_t>(s), out<scalar_t>(grad_d), out<scalar_t>(grad_s)});
-    const auto plan = choose_context_fusion_backward(map_problem(problem), sizeof(scalar_t), aligned, device_numbers(device));
+    const bool aligned = are_aligned(
+        {in<scalar_t>(grad_y), in<scalar_t>(d), in<scalar_t>(s), out<scalar_t>(grad_d), out<scalar_t>(grad_s)});
+    const auto choose = choose_context_fusion_backward;
+    const auto plan = choose(map_problem(problem), sizeof(scalar_t), aligned, device_numbers(device));
     // Poisoned, as the caching allocator hands out memory with anything in it.
     std::vector<acc> partial(size_t(plan.partial_sums()), std::numeric_limits<acc>::quiet_NaN());
     context_fusion_backward_launch(plan, in<scalar_t>(grad_y), in<scalar_t>(d), in<scalar_t>(s), in<scalar_t>(logits),
-                                   out<scalar_t>(grad_d), out<scalar_t>(grad_s), out<scalar_t>(grad_logits), partial.data(), Stream{});
+                                   out<scalar_t>(grad_d), out<scalar_t>(grad_s), out<scalar_t>(grad_logits),
+                                   partial.data(), Stream{});
   });
 }
 
-py::dict choose(const std::string& pass, const py::tuple& problem, int element_bytes, bool aligned, const py::tuple& device) {
+py::dict choose(const std::string& pass, const py::tuple& problem, int element_bytes, bool aligned,
+                const py::tuple& device) {
   const auto chooser = pass == "forward" ? choose_context_fusion_forward : choose_context_fusion_backward;
   return describe(chooser(map_problem(problem), element_bytes, aligned, device_numbers(device)));
 }

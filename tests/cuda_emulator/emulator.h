@@ -30,6 +30,7 @@
 #define COTNET_KERNEL(threads, min_blocks) inline void
 #define COTNET_DEVICE inline
 #define COTNET_UNROLL
+#define COTNET_UNROLL_BY(count)
 #define COTNET_SHARED(type, name, size) \
   type(&name)[size] = *static_cast<type(*)[size]>(cotnet::emulator::static_shared(sizeof(type[size]), __FILE__, __LINE__))
 #define COTNET_SHARED_DYNAMIC(name) unsigned char* const name = cotnet::emulator::machine().dynamic_shared->data()

@@ -13,12 +13,6 @@ std::vector<acc> partial_sums(const GatePlan& plan) {
   return std::vector<acc>(size_t(plan.partial_sums()), std::numeric_limits<acc>::quiet_NaN());
 }
 
-bool all_aligned(std::initializer_list<const void*> pointers) {
-  for (const void* p : pointers)
-    if (p && alignment_of(p) < 16) return false;
-  return true;
-}
-
 py::dict describe(const GatePlan& plan) {
   py::dict d;
   d["path"] = plan.path == GatePath::kTile ? "tile" : plan.path == GatePath::kWhole ? "whole" : "split";
@@ -27,7 +21,7 @@ py::dict describe(const GatePlan& plan) {
   d["shared_bytes"] = plan.launch.shared_bytes;
   d["aligned"] = plan.aligned;
   d["rows_per_block"] = plan.rows_per_block;
-  d["team"] = plan.team;
+  d["team"] = 1 << plan.team_shift;
   d["teams_per_row"] = plan.teams_per_row;
   d["lanes"] = plan.lanes;
   d["slabs"] = plan.slabs;
@@ -39,15 +33,16 @@ py::dict describe(const GatePlan& plan) {
   return d;
 }
 
-void forward(const py::tuple& problem, const std::string& dtype, const py::tuple& device, const py::object& x, const py::object& v,
-             const py::object& s, const py::object& y) {
+void forward(const py::tuple& problem, const std::string& dtype, const py::tuple& device, const py::object& x,
+             const py::object& v, const py::object& s, const py::object& y) {
   dispatch_dtype(dtype, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
-    const bool aligned = all_aligned({in<scalar_t>(x), in<scalar_t>(v), in<scalar_t>(s), out<scalar_t>(y)});
-    const auto plan = choose_spatial_softmax_gate_forward(map_problem(problem), sizeof(scalar_t), aligned, device_numbers(device));
+    const bool aligned = are_aligned({in<scalar_t>(x), in<scalar_t>(v), in<scalar_t>(s), out<scalar_t>(y)});
+    const auto choose = choose_spatial_softmax_gate_forward;
+    const auto plan = choose(map_problem(problem), sizeof(scalar_t), aligned, device_numbers(device));
     auto partial = partial_sums<acc_t<scalar_t>>(plan);
-    spatial_softmax_gate_forward_launch(plan, in<scalar_t>(x), in<scalar_t>(v), in<scalar_t>(s), out<scalar_t>(y), partial.data(),
-                                        Stream{});
+    spatial_softmax_gate_forward_launch(plan, in<scalar_t>(x), in<scalar_t>(v), in<scalar_t>(s), out<scalar_t>(y),
+                                        partial.data(), Stream{});
   });
 }
 
@@ -55,7 +50,8 @@ void backward(const py::tuple& problem, const std::string& dtype, const py::tupl
               const py::object& x, const py::object& v, const py::object& grad_x, const py::object& grad_v) {
   dispatch_dtype(dtype, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
-    const bool aligned = all_aligned({in<scalar_t>(grad_y), in<scalar_t>(x), in<scalar_t>(v), out<scalar_t>(grad_x), out<scalar_t>(grad_v)});
+    const bool aligned = are_aligned(
+        {in<scalar_t>(grad_y), in<scalar_t>(x), in<scalar_t>(v), out<scalar_t>(grad_x), out<scalar_t>(grad_v)});
     const auto choose = grad_x.is_none() ? choose_spatial_softmax_gate_forward : choose_spatial_softmax_gate_backward;
     const auto plan = choose(map_problem(problem), sizeof(scalar_t), aligned, device_numbers(device));
     auto partial = partial_sums<acc_t<scalar_t>>(plan);
@@ -64,7 +60,8 @@ void backward(const py::tuple& problem, const std::string& dtype, const py::tupl
   });
 }
 
-py::dict choose(const std::string& pass, const py::tuple& problem, int element_bytes, bool aligned, const py::tuple& device) {
+py::dict choose(const std::string& pass, const py::tuple& problem, int element_bytes, bool aligned,
+                const py::tuple& device) {
   const auto chooser = pass == "forward" ? choose_spatial_softmax_gate_forward : choose_spatial_softmax_gate_backward;
   return describe(chooser(map_problem(problem), element_bytes, aligned, device_numbers(device)));
 }
