@@ -47,7 +47,9 @@ def constant(name: str) -> int:
     return int(re.search(rf"constexpr int {name} = (\d+);", text).group(1))
 
 
+TILE = constant("kTileThreads")
 ANY = registers_for(constant("kAnyThreads"), 1)
+TILE = registers_for(constant("kTileThreads"), 2)
 ROWS = registers_for(constant("kGateRowThreads"), 1)
 IMAGES = registers_for(constant("kGateImageThreads"), 1)
 SPLIT_ROWS = registers_for(constant("kGateSplitThreads"), 3)
@@ -60,6 +62,10 @@ GATE = "spatial_softmax_gate_"
 BUDGETS: tuple[Budget, ...] = (
     # Any shape: a value at a time, and as many registers as a block can have. Nothing is spilled.
     Budget("aggregation_(forward|grad_input|grad_weight)_kernel", ANY, "a block must fit"),
+    # Runs of a tile come and go in 16 bytes, but for their ends.
+    Budget("aggregation_tile_kernel", registers_for(TILE, 2), "two blocks", **wide(12, 6)),
+    # Tiles: runs of 16 bytes; narrower accesses are for the ends of runs, and in the loops of them.
+    Budget("aggregation_tile_(grad_weight_)?kernel", TILE, "two blocks", **wide(2, 1)),
     Budget("softmax_normaliser_kernel", registers_for(constant("kAnyThreads"), 3), "three blocks"),
     Budget("group_norm_statistics_kernel", registers_for(NORM, 3), "three blocks: reads w alone"),
     Budget("group_norm_sums_kernel", registers_for(NORM, 1), "a block must fit"),
