@@ -74,6 +74,6 @@ $(VENV)/ready: $(VENV)/torch $(INPUTS)
 	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
 FORCE:
 
-$(CUDA_VENV)/%: TORCH = $(TORCH_CUDA)
+$(CUDA_VENV)/%: override TORCH = $(TORCH_CUDA)
 $(CUDA_VENV)/torch: FITS = assert torch.version.cuda
 FITS = pass
