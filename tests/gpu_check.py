@@ -173,8 +173,9 @@ print(torch.cuda.get_device_properties(0))
 """
 
 
-def stages(folder: Path) -> list[Stage]:
-    """The stages for this machine; `folder` holds the environment that is built into."""
+def stages(folder: Path, official: Path | None = None) -> list[Stage]:
+    """The stages for this machine; `folder` holds the environment that is built into, `official` a
+    checkout of the official repository."""
     python = str(folder / "venv" / "bin" / "python")
     paths = [Path(python).parent, Path(sysconfig.get_path("scripts")), Path(sys.executable).parent]
     path = os.pathsep.join([*map(str, paths), os.environ["PATH"], "/usr/local/cuda/bin"])
@@ -188,6 +189,7 @@ def stages(folder: Path) -> list[Stage]:
     alone = {**env, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     rows = folder / "benchmarks.jsonl"
     bench = [python, "-m", "benchmarks", "--device=cuda", f"--out={rows}", "--budget=0.1"]
+    bench += [f"--official={official.resolve()}"] if official else []
     one, most = ["--only", FUNCTIONS[0]], ["--only", *FUNCTIONS, "modules"]
 
     def sanitized(tool: str) -> Stage:
@@ -246,13 +248,14 @@ def main(arguments: list[str] | None = None) -> int:
     default = ROOT / "build" / "gpu-check"
     parser.add_argument("--out", type=Path, default=default, metavar="DIR", help="for the reports")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages only")
+    parser.add_argument("--official", type=Path, metavar="DIR", help="checkout of JDAI-CV/CoTNet")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all stages together")
     parser.add_argument("--environment", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.environment:
         make_environment(chosen.environment)
         return 0
-    todo = stages(default)
+    todo = stages(default, chosen.official)
     unknown = set(chosen.only or ()) - {stage.name for stage in todo}
     if unknown:
         parser.error(f"no stage {', '.join(sorted(unknown))}: {[stage.name for stage in todo]}")
