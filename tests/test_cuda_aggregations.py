@@ -105,7 +105,7 @@ TILES = (
     tiled("tile_25x34", 1, 2, 8, 25, 34),
     tiled("tile_31x41", 1, 2, 8, 31, 41),
     tiled("tile_3x99", 1, 1, 8, 3, 99),
-    tiled("tile_1x1", 2, 3, 8, 1, 1),
+    tiled("tile_1x4", 2, 3, 8, 1, 4),
     tiled("tile_2x5", 1, 40, 8, 2, 5),
     tiled("tile_9x130", 1, 1, 8, 9, 130),
 )
@@ -133,6 +133,7 @@ def test_tiles_are_for_what_fits_them(kernels):
     assert known_tile(kernels, tile, torch.float32, h200, aligned=False) is None
     assert known_tile(kernels, tile, torch.float32, h200, last=True) is None
     assert known_tile(kernels, replace(tile, weight_channels=22), torch.float32, h200) is None
+    assert known_tile(kernels, replace(tile, width=3), torch.float32, h200) is None
     for other in ("k5", "stride2", "dilation2", "padding0", "reflect", "heads2", "empty_batch"):
         assert known_tile(kernels, CASES[other], torch.float32, h200) is None, other
 

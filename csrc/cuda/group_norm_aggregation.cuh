@@ -4,7 +4,7 @@
 
 #include "core/operands.h"
 #include "cuda/aggregation.cuh"
-#include "cuda/aggregation_tile.cuh"
+#include "cuda/aggregation_tile_grad_weight.cuh"
 #include "cuda/block_sum.cuh"
 #include "cuda/group_norm_aggregation_launch.h"
 
@@ -194,7 +194,9 @@ void group_norm_aggregation_backward(const AggregationProblem& p, const GroupNor
   if (!grad_w) return;
   launch.grid_x = blocks_for(units, kNormThreads);
   launch_kernel(group_norm_means_kernel<scalar_t>, launch, stream, p, a.gamma, scratch, means);
-  launch_aggregation_grad_weight(p, NormSink<scalar_t>{weights, means, {grad_w, weights.raw.strides}}, grad_y, a.x, stream);
+  const NormTileSink<scalar_t> sink{weights, means};
+  if (!try_aggregation_tile_grad_weight(p, sink, a.w, grad_y, a.x, grad_w, numbers, stream))
+    launch_aggregation_grad_weight(p, NormSink<scalar_t>{weights, means, {grad_w, weights.raw.strides}}, grad_y, a.x, stream);
 }
 
 }  // namespace cotnet

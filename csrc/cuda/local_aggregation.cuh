@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/aggregation.cuh"
-#include "cuda/aggregation_tile.cuh"
+#include "cuda/aggregation_tile_grad_weight.cuh"
 
 namespace cotnet {
 
@@ -23,7 +23,9 @@ void local_aggregation_backward(const AggregationProblem& p, const scalar_t* gra
   const PlainWeights<scalar_t> weights{w, strides};
   if (grad_x && !try_aggregation_tile<true>(p, weights, w, grad_y, grad_x, numbers, stream))
     launch_aggregation_grad_input(p, weights, grad_y, grad_x, stream);
-  if (grad_w) launch_aggregation_grad_weight(p, PlainSink<scalar_t>{grad_w, strides}, grad_y, x, stream);
+  const PlainTileSink<scalar_t> sink;
+  if (grad_w && !try_aggregation_tile_grad_weight<scalar_t>(p, sink, nullptr, grad_y, x, grad_w, numbers, stream))
+    launch_aggregation_grad_weight(p, PlainSink<scalar_t>{grad_w, strides}, grad_y, x, stream);
 }
 
 }  // namespace cotnet

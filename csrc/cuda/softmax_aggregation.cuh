@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/aggregation.cuh"
-#include "cuda/aggregation_tile.cuh"
+#include "cuda/aggregation_tile_grad_weight.cuh"
 
 namespace cotnet {
 
@@ -54,14 +54,17 @@ struct SoftmaxSink {
 // Either gradient may be null. scratch: softmax_scratch(p) elements.
 template <class scalar_t>
 void softmax_aggregation_backward(const AggregationProblem& p, const scalar_t* grad_y, const scalar_t* x, const scalar_t* logits,
-                                  scalar_t* grad_x, scalar_t* grad_logits, acc_t<scalar_t>* scratch, const DeviceNumbers&,
+                                  scalar_t* grad_x, scalar_t* grad_logits, acc_t<scalar_t>* scratch, const DeviceNumbers& numbers,
                                   Stream stream) {
   const PlainWeights<scalar_t> plain{logits, weight_strides(p)};
   const KnownSoftmaxWeights<scalar_t> known{plain, scratch};
+  const SoftmaxTileSink<scalar_t> sink{{plain}};
+  const bool done = grad_logits && try_aggregation_tile_grad_weight(p, sink, logits, grad_y, x, grad_logits, numbers, stream);
+  if (!grad_x && (!grad_logits || done)) return;
   launch_kernel(softmax_normaliser_kernel<scalar_t>, cover(softmax_scratch(p) / 2), stream, p, SoftmaxWeights<scalar_t>{plain},
                 scratch);
   if (grad_x) launch_aggregation_grad_input(p, known, grad_y, grad_x, stream);
-  if (grad_logits)
+  if (grad_logits && !done)
     launch_aggregation_grad_weight(p, SoftmaxSink<scalar_t>{known, {grad_logits, plain.strides}}, grad_y, x, stream);
 }
 

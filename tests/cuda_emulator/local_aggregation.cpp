@@ -24,10 +24,10 @@ COTNET_BINDINGS(m) {
     });
   });
   // (planes, rows, strips, threads, bytes of shared memory) of a block, or None.
-  m.def("choose_aggregation_tile", [](const py::tuple& problem, int element_bytes, bool aligned, bool weight_halo,
+  m.def("choose_aggregation_tile", [](const py::tuple& problem, int element_bytes, bool aligned, bool backward,
                                       const py::tuple& device) -> py::object {
     const Tile tile =
-        choose_aggregation_tile(aggregation_problem(problem), element_bytes, aligned, weight_halo, device_numbers(device));
+        choose_aggregation_tile(aggregation_problem(problem), element_bytes, aligned, {true, backward, backward}, device_numbers(device));
     if (!tile.possible()) return py::none();
     return py::make_tuple(tile.planes, tile.rows, tile.strips, tile.launch.threads, tile.launch.shared_bytes);
   });
