@@ -10,8 +10,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-# 65536 registers of a multiprocessor, shared by its resident threads in units of 8 per thread.
-REGISTERS = 65536
+# A multiprocessor deals warps out to four quarters; the warps of a quarter share its registers, in
+# units of 8 for each thread.
+QUARTERS, REGISTERS = 4, 16384
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Budget:
 
 def registers_for(threads: int, blocks: int) -> int:
     """Registers of each thread with which so many blocks of so many threads stay resident."""
-    return min(255, REGISTERS // (threads * blocks) // 8 * 8)
+    warps = -(-threads // 32 * blocks // QUARTERS)  # of the fullest quarter
+    return min(255, REGISTERS // (32 * warps) // 8 * 8)
 
 
 def wide(loads: int, stores: int) -> dict[str, int]:
@@ -51,7 +53,7 @@ TILE = constant("kTileThreads")
 ANY = registers_for(constant("kAnyThreads"), 1)
 TILE = registers_for(constant("kTileThreads"), 2)
 ROWS = registers_for(constant("kGateRowThreads"), 1)
-IMAGES = registers_for(constant("kGateImageThreads"), 1)
+IMAGES = registers_for(constant("kGateImageBackwardThreads"), 1)
 SPLIT_ROWS = registers_for(constant("kGateSplitThreads"), 3)
 SPLIT_IMAGES = registers_for(constant("kGateSplitThreads"), 2)
 FUSION = constant("kFusionThreads")
@@ -69,7 +71,7 @@ BUDGETS: tuple[Budget, ...] = (
     Budget("softmax_normaliser_kernel", registers_for(constant("kAnyThreads"), 3), "three blocks"),
     Budget("group_norm_statistics_kernel", registers_for(NORM, 3), "three blocks: reads w alone"),
     Budget("group_norm_sums_kernel", registers_for(NORM, 1), "a block must fit"),
-    Budget("group_norm_(means|merge|parameters)_kernel", registers_for(NORM, 2), "little to do"),
+    Budget("group_norm_(means|merge|parameters|strips)_kernel", registers_for(NORM, 2), "little to do"),
     # Vectors of 16 bytes, several under way; narrower accesses are for the ends of unaligned maps.
     Budget("context_fusion_planes_kernel", registers_for(FUSION, 3), "three blocks", **wide(6, 4)),
     Budget("context_fusion_images_kernel", registers_for(FUSION, 2), "two blocks", **wide(6, 4)),

@@ -70,6 +70,7 @@ def test_registers_that_keep_blocks_resident():
     assert registers_for(threads=128, blocks=4) == 128
     assert registers_for(threads=256, blocks=5) == 48
     assert registers_for(threads=64, blocks=1) == 255
+    assert registers_for(threads=576, blocks=1) == 96  # 18 warps: five in one quarter
 
 
 def test_rows_say_why():
