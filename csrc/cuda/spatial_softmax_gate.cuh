@@ -34,7 +34,8 @@ void launch_gate(const GatePlan& plan, const GateMaps<scalar_t>& maps, acc_t<sca
   if (plan.path == GatePath::kTile)
     launch_kernel(spatial_softmax_gate_tile_kernel<scalar_t, kBackward>, plan.launch, stream, maps, plan);
   else if (plan.channels_last)
-    launch_gate_sweeps<ImageVectors<scalar_t>, kGateImageThreads, kBackward>(plan, maps, sums, stream);
+    launch_gate_sweeps<ImageVectors<scalar_t>, kBackward ? kGateImageBackwardThreads : kGateImageThreads, kBackward>(
+        plan, maps, sums, stream);
   else
     launch_gate_sweeps<PlaneVectors<scalar_t>, kGateRowThreads, kBackward>(plan, maps, sums, stream);
 }

@@ -55,7 +55,9 @@ constexpr int kGateTileThreads = 448;
 // that share a multiprocessor at 80 registers: one block, or two or three if shared memory has room for as many rows.
 constexpr int kGateRowThreads = 768;
 // channels_last holds sums for each of a vector's channels, 16 registers and more: 640 threads of 96 registers.
+// Backward has half as many again, and three maps under way: 512 threads of 128 registers.
 constexpr int kGateImageThreads = 640;
+constexpr int kGateImageBackwardThreads = 512;
 constexpr int kGateSplitThreads = 256;  // three such blocks, or two
 constexpr int kGateBatch = 4;  // steps whose loads go out together
 
@@ -166,7 +168,8 @@ inline int64_t set_lanes(GatePlan& plan, int lanes, int threads, int element_byt
 }
 
 inline void choose_slabs(GatePlan& plan, int element_bytes, int acc_bytes, bool backward, const DeviceNumbers& device) {
-  const int vector = 16 / element_bytes, threads = kGateImageThreads / 2;  // of one of two blocks
+  const int vector = 16 / element_bytes, most = backward ? kGateImageBackwardThreads : kGateImageThreads;
+  const int threads = most / 2;  // of one of two blocks
   // Slabs of 128 bytes of each pixel, a whole line of the cache; narrower ones, down to the 32 bytes that memory moves at
   // least, if only they fit into shared memory, two blocks at a time.
   const int widest = power_of_two_from(std::min<int64_t>(ceil_div(plan.channels, vector), 8));
@@ -175,7 +178,7 @@ inline void choose_slabs(GatePlan& plan, int element_bytes, int acc_bytes, bool 
   const auto fits = [&] { return plan.kept == steps && blocks_at_once(plan, device) >= 2; };
   while (!fits() && lanes > 2) steps = set_lanes(plan, lanes /= 2, threads, element_bytes, acc_bytes, backward, device);
   // One block that keeps as much as it can, if that is a quarter or more.
-  if (!fits()) steps = set_lanes(plan, lanes, kGateImageThreads, element_bytes, acc_bytes, backward, device);
+  if (!fits()) steps = set_lanes(plan, lanes, most, element_bytes, acc_bytes, backward, device);
   const bool keeps = 4 * plan.kept >= steps && plan.plane < int64_t(1) << 28;
   if (keeps && !is_split_better(plan, steps, backward, device)) return;
   const GatePlan whole = plan;
