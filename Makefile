@@ -7,8 +7,11 @@ PYTHON ?= python3
 # Which PyTorch to install, in pip's words, such as TORCH=torch==2.10.0. When $(PYTHON) has a PyTorch
 # that fits, that one is used and nothing is fetched.
 TORCH  ?= torch
-# More arguments for pytest, the demo or the benchmarks: make test ARGS="-k softmax"
+# More arguments for pytest, the demo, the benchmarks or gpu-check: make test ARGS="-k softmax"
 ARGS   ?=
+# The same for `make cuda-build`: an environment of its own, with a PyTorch that is a CUDA build.
+CUDA_VENV  ?= .venv-cuda
+TORCH_CUDA ?= torch==2.11.0
 
 BIN := $(VENV)/bin
 # Tools of the environment, and behind them those of the Python that lends its packages.
@@ -17,8 +20,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml setup.py cotnet_ext/_version.py $(wildcard build_backend/*.py) \
   $(shell find csrc -type f)
 
-.PHONY: help setup demo test bench lint cuda-build clean
+.PHONY: help setup demo test bench lint cuda-build gpu-check clean
 .DELETE_ON_ERROR:
+.PRECIOUS: %/torch %/wanted
 
 help:  ## Print this list
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -37,11 +41,16 @@ bench: setup  ## Measure every operator and module against PyTorch, write tables
 lint: setup  ## Check the style of the Python code
 	ruff check .
 
-cuda-build: setup  ## Compile the CUDA kernels too; stops with the reason where that is impossible
-	COTNET_EXT_CUDA=1 $(PIP) install --verbose --no-deps --editable .
+cuda-build: $(CUDA_VENV)/torch  ## Compile the CUDA kernels, with nvcc, and check the machine code; needs no GPU
+	COTNET_EXT_CUDA=1 $(CUDA_VENV)/bin/python -m pip --disable-pip-version-check \
+	  install --verbose --no-deps --force-reinstall .
+	$(CUDA_VENV)/bin/python tests/cuda_gate.py
 
-clean:  ## Remove everything that was built, and the virtual environment
-	rm -rf build *.egg-info cotnet_ext/_C*.so $(VENV)
+gpu-check:  ## Build, test and measure on this machine's GPU with the PyTorch of $(PYTHON), offline
+	$(PYTHON) tests/gpu_check.py $(ARGS)
+
+clean:  ## Remove everything that was built, and the virtual environments
+	rm -rf build *.egg-info cotnet_ext/_C*.so $(VENV) $(CUDA_VENV)
 
 # The package is installed in place: edits of Python files need no second install, edits of C++ files
 # cause one, which compiles the changed files only.
@@ -50,16 +59,21 @@ $(VENV)/ready: $(VENV)/torch $(INPUTS)
 	$(PIP) install --editable '.[dev]'
 	@mv $@.since $@
 
-# The .pth file lends the environment what $(PYTHON) has installed, if there is a torch among it.
-$(VENV)/torch: $(VENV)/wanted
-	$(PYTHON) -m venv $(VENV)
-	@lender=$$($(PYTHON) -c 'import torch, os; print(os.path.dirname(torch.__path__[0]))' 2>/dev/null) \
-	  && echo "$$lender" > $$(echo $(VENV)/lib/python*/site-packages)/lent.pth || true
-	$(PIP) install '$(TORCH)' 'torch>=2.10'
+# The .pth file lends the environment what $(PYTHON) has installed, if there is a torch among it (for
+# CUDA: one that is a CUDA build).
+%/torch: %/wanted
+	$(PYTHON) -m venv $*
+	@lender=$$($(PYTHON) -c 'import torch, os; $(FITS); print(os.path.dirname(torch.__path__[0]))' 2>/dev/null) \
+	  && echo "$$lender" > $$(echo $*/lib/python*/site-packages)/lent.pth || true
+	$*/bin/python -m pip --disable-pip-version-check install '$(TORCH)' 'torch>=2.10'
 	@touch $@
 
 # Changes when TORCH does, so that another TORCH is installed and compiled against.
-$(VENV)/wanted: FORCE
-	@mkdir -p $(VENV)
+%/wanted: FORCE
+	@mkdir -p $*
 	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
 FORCE:
+
+$(CUDA_VENV)/%: override TORCH = $(TORCH_CUDA)
+$(CUDA_VENV)/torch: FITS = assert torch.version.cuda
+FITS = pass

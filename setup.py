@@ -46,10 +46,10 @@ def pip_cuda_headers() -> list[str]:
     return sorted(str(path) for root in roots for path in Path(root).glob("*/include"))
 
 
-def compile_flags(definitions: dict[str, str], cuda: bool) -> dict[str, list[str]]:
-    """Flags for both compilers; torch adds the language standard and Py_LIMITED_API."""
+def compile_flags(definitions: dict[str, str], for_nvcc: list[str]) -> dict[str, list[str]]:
+    """Flags for both compilers; torch adds the language standard, Py_LIMITED_API and, for nvcc, the
+    GPU generations of TORCH_CUDA_ARCH_LIST."""
     macros = [f"-D{name}={value}" for name, value in definitions.items()]
-    device = ["-DUSE_CUDA"] * cuda
     debug = switch("COTNET_EXT_DEBUG")
     cxx = ["-O0", "-g"] if debug else ["-O3", "-g0"]
     # sqrt and exp need not set errno, and nobody reads the floating-point status flags: loops
@@ -57,10 +57,12 @@ def compile_flags(definitions: dict[str, str], cuda: bool) -> dict[str, list[str
     cxx += ["-fno-math-errno", "-fno-trapping-math"]
     cxx += ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
     cxx += ["-march=native"] * switch("COTNET_EXT_NATIVE")
-    nvcc = ["-O0", "-g", "-G"] if debug else ["-O3", "-lineinfo", "--threads=2"]
-    nvcc += ["-Xcompiler=-fvisibility=hidden"]
-    nvcc += [f"-DTORCH_TARGET_VERSION={native.torch_target_macro()}"]
-    return {"cxx": cxx + macros + device, "nvcc": nvcc + device}
+    # No fast math either. Line numbers are for profilers and sanitizers and cost no time.
+    nvcc = ["-O0", "-g", "-G"] if debug else ["-O3", "-lineinfo"]
+    nvcc += [*for_nvcc, "-Xcompiler=-fvisibility=hidden"]
+    # USE_CUDA: torch's headers then declare the functions that know streams and launch errors.
+    nvcc += ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={native.torch_target_macro()}"]
+    return {"cxx": cxx + macros, "nvcc": nvcc}
 
 
 def native_build() -> dict:
@@ -88,7 +90,8 @@ def native_build() -> dict:
     # The limited API gives one library for all Pythons; free-threaded Python has none so far.
     limited_api = not sysconfig.get_config_var("Py_GIL_DISABLED")
     sources = native.sources(cuda)
-    flags = compile_flags(definitions, cuda)
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    flags = compile_flags(definitions, native.nvcc_flags(release, jobs, kernels) if cuda else [])
 
     target = ".".join(map(str, native.TORCH_TARGET))
     print(f"cotnet_ext {native.version()}: building for {'CPU and CUDA' if cuda else 'CPU only'}")
@@ -97,11 +100,12 @@ def native_build() -> dict:
     print(f"  sources: {len(sources)} files, {' '.join(flags['cxx'][:2])}", flush=True)
 
     class BuildLibrary(BuildExtension):
-        """Objects stay in build/objects for every kind of install: ninja compiles what changed."""
+        """Objects stay in a folder of the repository for every kind of install: ninja compiles what
+        changed. With CUDA in one of their own: other macros compile every file again."""
 
         def finalize_options(self):
             super().finalize_options()
-            self.build_temp = str(ROOT / "build" / "objects")
+            self.build_temp = str(ROOT / "build" / ("objects-cuda" if cuda else "objects"))
 
     extension = (CUDAExtension if cuda else CppExtension)(
         "cotnet_ext._C",

@@ -19,6 +19,7 @@ from . import environment, report
 from .comparison import Options
 
 RESULTS = Path(__file__).parent / "results"
+DTYPES = ("float32", "float16", "bfloat16")
 QUICK = Options(quick=True, budget_s=0.05, rotate_bytes=1 << 20)
 
 
@@ -68,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rotate", type=int, metavar="MB", help="size of all inputs of one kind")
     parser.add_argument("--warm", action="store_true", help="the same inputs again and again")
     parser.add_argument("--no-compile", action="store_true", help="leave out compiled baselines")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="on a GPU; default: all")
+    parser.add_argument("--official", type=Path, metavar="DIR", help="checkout of JDAI-CV/CoTNet")
     parser.add_argument("--quick", action="store_true", help="every path on tiny shapes")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append rows to this file")
     return parser
@@ -78,6 +81,9 @@ def _options(chosen: argparse.Namespace) -> Options:
     return dataclasses.replace(
         options,
         device=chosen.device,
+        gpu=torch.device(chosen.device).type == "cuda",
+        official=chosen.official,
+        only_dtypes=tuple(chosen.dtypes or ()),
         warm=chosen.warm,
         compiled=not chosen.no_compile,
         budget_s=options.budget_s if chosen.budget is None else chosen.budget,

@@ -58,7 +58,7 @@ def _one_call(direction: str, options: Options) -> Comparison:
         Contender("depthwise convolution", _depthwise, _depthwise, make),
     ]
     repeat = 10 if options.quick else 200
-    return Comparison("one call", direction, TINY, contenders, repeat=repeat)
+    return Comparison("one call", direction, TINY, contenders, repeat=repeat, host=True)
 
 
 def _depthwise(input: Tensor, weight: Tensor) -> Tensor:

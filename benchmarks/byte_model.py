@@ -43,8 +43,9 @@ BACKWARD = {
 
 
 def pass_bytes(op: str, direction: str, shape: Shape, dtype: torch.dtype) -> int:
-    """Bytes of one `direction` ("forward" or "forward+backward") of `op`."""
-    traffic = [FORWARD[op]] if direction == "forward" else [FORWARD[op], BACKWARD[op]]
+    """Bytes of one `direction` ("forward", "backward" or "forward+backward") of `op`."""
+    models = {"forward": FORWARD, "backward": BACKWARD}
+    traffic = [models[part][op] for part in direction.split("+")]
     image = shape.batch * shape.channels * shape.positions
     weight = shape.batch * shape.weight_channels * shape.taps * shape.positions
     elements = sum(part.images * image + part.weights * weight for part in traffic)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .inputs import CopyBuffers
-from .shapes import QUICK, STAGES, Shape
+from .shapes import GPU_BATCHES, QUICK, STAGES, Shape
 
 SUBJECT = "cotnet_ext"
 COPY = "copy"
@@ -34,6 +35,9 @@ class Options:
     """How to measure; one value for a whole run."""
 
     device: str = "cpu"
+    gpu: bool = False  # what is compared: more dtypes and peers, larger batches, backward alone
+    only_dtypes: tuple[str, ...] = ()  # on a GPU; empty: all
+    official: Path | None = None  # a checkout of the official repository, for its CuPy kernels
     quick: bool = False
     warm: bool = False
     compiled: bool = True
@@ -45,7 +49,24 @@ class Options:
     max_rounds: int = 200
 
     def shapes(self, shapes: Iterable[Shape] = STAGES) -> tuple[Shape, ...]:
-        return QUICK if self.quick else tuple(shapes)
+        if self.quick:
+            return QUICK
+        return tuple(on_gpu(shape) for shape in shapes) if self.gpu else tuple(shapes)
+
+    @property
+    def directions(self) -> tuple[str, str]:
+        return ("forward", "backward" if self.gpu else "forward+backward")
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        every = (torch.float32, *[torch.float16] * self.gpu, torch.bfloat16)
+        wanted = self.only_dtypes
+        return tuple(dtype for dtype in every if not wanted or dtype_name(dtype) in wanted)
+
+
+def on_gpu(shape: Shape) -> Shape:
+    """A batch that keeps a large GPU busy."""
+    return replace(shape, batch=GPU_BATCHES * shape.batch)
 
 
 @dataclass(frozen=True)
@@ -69,6 +90,7 @@ class Comparison:
     contenders: list[Contender]
     dtype: torch.dtype = torch.float32
     repeat: int = 1  # calls in one sample, for what is too short to time alone
+    host: bool = False  # the time until the call returns, whatever the device has yet to do
 
     @property
     def name(self) -> str:
@@ -107,10 +129,13 @@ def _step(function: Function, parameters: Tensors, inputs: Tensors) -> Tensors:
     """The output, and all gradients; the last of the inputs is the gradient of the output."""
     *inputs, upstream = inputs
     output = function(*inputs)
-    gradients = torch.autograd.grad(
-        output, [*inputs, *parameters], upstream, allow_unused=True, materialize_grads=True
+    return (output.detach(), *_gradients(output, [*inputs, *parameters], upstream))
+
+
+def _gradients(output: Tensor, leaves: list[Tensor], upstream: Tensor) -> Tensors:
+    return torch.autograd.grad(
+        output, leaves, upstream, allow_unused=True, materialize_grads=True
     )
-    return (output.detach(), *gradients)
 
 
 @dataclass(frozen=True)
@@ -119,11 +144,13 @@ class Pass:
     records: bool = False  # does autograd record the call?
     upstream: bool = False  # does it need a gradient for its output?
     training: bool = False  # the mode of modules
+    ahead: bool = False  # the forward takes place before the call that is timed
 
 
 PASSES = {
     "forward": Pass(_forward),
     "recorded forward": Pass(_forward, records=True),
+    "backward": Pass(_step, records=True, upstream=True, ahead=True),
     "forward+backward": Pass(_step, records=True, upstream=True),
     "eval": Pass(_forward),
     "train step": Pass(_step, records=True, upstream=True, training=True),
@@ -131,12 +158,16 @@ PASSES = {
 
 
 def prepare(function: Function, inputs: Tensors, direction: str) -> Call:
-    """`function` on `inputs`, ready to be called and timed."""
+    """`function` on `inputs`, ready to be called and timed (only once, if its forward is done)."""
     kind = PASSES[direction]
     parameters: Tensors = ()
     if isinstance(function, nn.Module):
         function.train(kind.training)
         parameters = tuple(function.parameters()) if kind.upstream else ()
+    if kind.ahead:
+        *leaves, upstream = inputs
+        output = function(*leaves)
+        return lambda: _gradients(output, [*leaves, *parameters], upstream)
     return lambda: kind.run(function, parameters, inputs)
 
 

@@ -39,6 +39,7 @@ def describe(device: str, arguments: list[str]) -> dict:
         "command": " ".join(["python -m benchmarks", *arguments]),
         "commit": _commit(),
         "device": device_name(device),
+        "gpu": torch.device(device).type == "cuda",
         "threads": torch.get_num_threads(),
         "versions": {
             "cotnet_ext": cotnet_ext.__version__,

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .comparison import SUBJECT, comparison_name
-from .shapes import COT_ATTENTION, COT_LAYER_EVAL, MEMORY_BOUND, STAGES, TINY
+from .byte_model import pass_bytes
+from .comparison import SUBJECT, Options, comparison_name, dtype_name
+from .shapes import COT_ATTENTION, COT_LAYER_EVAL, MEMORY_BOUND, STAGES, TINY, Shape
 
 REACHED, MISSED, FAILED, ABSENT = "reached", "MISSED", "FAILED", "not measured"
 
@@ -67,8 +68,10 @@ class Figure:
         return here == there if "dtype" in row else here[:2] == there[:2]
 
 
-def figures() -> list[Figure]:
-    """All figures, in the order in which the report shows them."""
+def figures(gpu: bool = False) -> list[Figure]:
+    """All figures of a CPU or a GPU, in the order in which the report shows them."""
+    if gpu:
+        return [*_gpu_shares(), *_gpu_maps(), *_gpu_peers()]
     return [*_operator(), *_fused(), *_modules(), *_overhead()]
 
 
@@ -122,3 +125,59 @@ def _overhead() -> Iterator[Figure]:
     ):
         name = comparison_name("one call", direction, TINY)
         yield Figure(claim, name, SUBJECT, _time, target, at_most=True, unit=" ms")
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------
+
+GPU = Options(gpu=True)
+LAYOUTS = ("contiguous", "channels_last")
+# Shares of the copy for the four stages: kernels on small maps end before they have really begun.
+FORWARD = (0.9, 0.9, 0.9, 0.8)
+BACKWARD = (0.85, 0.85, 0.8, 0.7)
+NORM_BACKWARD = (0.7, 0.7, 0.7, 0.7)  # recomputes what the norm did to the weights
+GPU_SHARES = (
+    ("local_aggregation", "forward", FORWARD),
+    ("local_aggregation", "backward", BACKWARD),
+    ("softmax_aggregation", "forward", FORWARD),
+    ("softmax_aggregation", "backward", BACKWARD),
+    ("group_norm_aggregation", "backward", NORM_BACKWARD),
+)
+
+
+def _share_figure(op: str, direction: str, shape: Shape, target: float) -> Iterator[Figure]:
+    for dtype in GPU.dtypes:
+        name = comparison_name(op, direction, shape, dtype)
+        for layout in LAYOUTS:
+            yield Figure(
+                f"share of copy bandwidth, {layout}", name, SUBJECT, _share, target,
+                dtype=dtype_name(dtype), layout=layout, unit="",
+            )  # fmt: skip
+
+
+def _gpu_shares() -> Iterator[Figure]:
+    for op, direction, targets in GPU_SHARES:
+        for shape, target in zip(GPU.shapes(), targets, strict=True):
+            yield from _share_figure(op, direction, shape, target)
+
+
+def _gpu_maps() -> Iterator[Figure]:
+    """Of 64 MB and more, so that the kernels reach their speed."""
+    for op in ("spatial_softmax_gate", "context_fusion"):
+        for direction in GPU.directions:
+            for shape in GPU.shapes():
+                if pass_bytes(op, direction, shape, torch.bfloat16) >= 64e6:
+                    yield from _share_figure(op, direction, shape, 0.85)
+
+
+def _gpu_peers() -> Iterator[Figure]:
+    op = "local_aggregation"
+    for direction, target in (("forward", 1.8), ("backward", 2.5)):
+        for shape in GPU.shapes():
+            for dtype in (torch.float32, torch.bfloat16):
+                name = comparison_name(op, direction, shape, dtype)
+                yield Figure(
+                    "speed-up over compiled shift-and-sum", name, "shift, compiled", _ratio, target,
+                    dtype=dtype_name(dtype),
+                )  # fmt: skip
+            name = comparison_name(op, direction, shape)
+            yield Figure("speed-up over the official kernels", name, "official CuPy", _ratio, 3)

@@ -14,13 +14,13 @@ import statistics
 import textwrap
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from . import accuracy, memory
+from . import accuracy, clocks, memory
 from .comparison import (
     COPY,
     PASSES,
@@ -48,7 +48,8 @@ def measure(comparison: Comparison, options: Options) -> list[dict]:
                 _examine(entry, truths, options)
             except Exception as error:  # one broken contender must not hide the others
                 entry.error = textwrap.shorten(f"{type(error).__name__}: {error}", 160)
-        _time_rounds([e for e in entries if e.error is None], comparison.repeat, options)
+        clock = clocks.clock(options.device, cold=not options.warm, host=comparison.host)
+        _time_rounds([e for e in entries if e.error is None], comparison.repeat, clock, options)
     return [_row(entry, entries, comparison) for entry in entries]
 
 
@@ -141,38 +142,13 @@ def _in_dtype(function: Function, dtype: torch.dtype) -> Function:
     return copy.deepcopy(function).to(dtype) if isinstance(function, nn.Module) else function
 
 
-# ---- clocks and rounds -------------------------------------------------------------------------
+# ---- rounds -------------------------------------------------------------------------------------
 
 
-def cpu_clock(call: Call, repeat: int) -> tuple[float, Tensors]:
-    """Milliseconds per call, and the last result."""
-    start = time.perf_counter_ns()
-    for _ in range(repeat):
-        result = call()
-    return (time.perf_counter_ns() - start) / 1e6 / repeat, result
-
-
-def cuda_clock(call: Call, repeat: int) -> tuple[float, Tensors]:
-    """Milliseconds per call between two events on the current stream, and the last result."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(repeat):
-        result = call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / repeat, result
-
-
-def _clock(device: str) -> Callable[[Call, int], tuple[float, Tensors]]:
-    return cuda_clock if torch.device(device).type == "cuda" else cpu_clock
-
-
-def _time_rounds(entries: list[_Entry], repeat: int, options: Options) -> None:
+def _time_rounds(entries: list[_Entry], repeat: int, clock: clocks.Clock, options: Options) -> None:
     """Everybody once per round, until the time is spent; fills in `ms`."""
     if not entries:
         return
-    clock = _clock(options.device)
     # Results live as long as inputs do, so that the allocator hands out memory that is as cold.
     results: deque[Tensors] = deque(maxlen=max(len(e.pool.sets) for e in entries))
 

@@ -25,7 +25,9 @@ class Maker:
         raise NotImplementedError
 
     def random(self, sizes: list[int], seed: int, layout: str = "contiguous") -> Tensor:
-        values = torch.randn(sizes, generator=torch.Generator().manual_seed(seed))
+        home = "cuda" if torch.device(self.device).type == "cuda" else "cpu"
+        generator = torch.Generator(home).manual_seed(seed)
+        values = torch.randn(sizes, generator=generator, device=home)
         return values.to(device=self.device, dtype=self.dtype, memory_format=LAYOUTS[layout])
 
     def map(self, channels: int, seed: int) -> Tensor:

@@ -16,13 +16,13 @@ from .inputs import Maps
 
 
 def comparisons(op: str, options: Options, maps: type[Maps], count: int) -> Iterator[Comparison]:
-    """Every stage, forward and with backward, float32 and bfloat16, beside PyTorch and a copy.
+    """Every stage, every direction and dtype, beside PyTorch and a copy.
 
     `op` takes what `maps` makes with `count` maps.
     """
-    for direction in ("forward", "forward+backward"):
+    for direction in options.directions:
         for shape in options.shapes():
-            for dtype in (torch.float32, torch.bfloat16):
+            for dtype in options.dtypes:
                 total = pass_bytes(op, direction, shape, dtype)
                 makers = [
                     maps(shape, dtype, layout, options.device, count)

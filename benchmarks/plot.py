@@ -13,6 +13,8 @@ COLOURS = {
     "unfold": "#9467bd",
     "shift": "#3d9970",
     "shift, compiled": "#b3475a",
+    "one thread per result": "#7f7f7f",
+    "official CuPy": "#c7a300",
     "reference": "#9467bd",
     "reference, compiled": "#b3475a",
     "time": "#1f5fa8",
@@ -27,6 +29,7 @@ OPS = (
 )
 MODULES = ("CoTAttention", "CotLayer", "CoXtLayer")
 PEERS = ("unfold", "shift", "shift, compiled", "reference", "reference, compiled")
+PEERS += ("one thread per result", "official CuPy")
 
 Bars = dict[str, dict[str, float]]  # series -> label on the axis -> height
 

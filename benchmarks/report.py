@@ -90,7 +90,7 @@ def _failures(rows: list[dict]) -> str:
 
 
 def _figures(rows: list[dict]) -> str:
-    judged = [(figure, *figure.judge(rows)) for figure in figures()]
+    judged = [(figure, *figure.judge(rows)) for figure in figures(rows[-1].get("gpu", False))]
     reached = sum(verdict == REACHED for _, _, verdict in judged)
     lines = [_figure_line(*each) for each in judged]
     head = ("where", "figure", "target", "measured", "verdict")

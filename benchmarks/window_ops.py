@@ -13,7 +13,7 @@ from torch import Tensor
 import cotnet_ext
 from cotnet_ext import reference
 
-from . import baselines
+from . import baselines, official, one_thread
 from .byte_model import pass_bytes
 from .comparison import SUBJECT, Comparison, Contender, Function, Options, copy_contender
 from .inputs import Window
@@ -24,10 +24,14 @@ PLAIN = "local_aggregation"  # what a fused op is compared with: the same withou
 
 def comparisons(op: str, options: Options, norm: bool = False) -> Iterator[Comparison]:
     """Every stage, forward and with backward: float32 beside its peers, bfloat16 beside float32.
+    On a GPU backward alone, and every dtype beside its peers.
 
     `op` takes `(input, weight, kernel_size=, padding=)`, after the weight also norm weight and norm
     bias if `norm`.
     """
+    if options.gpu:
+        yield from _on_gpu(op, options, norm)
+        return
     for direction in ("forward", "forward+backward"):
         for shape in options.shapes():
             case = _Case(op, direction, shape, options, norm)
@@ -36,6 +40,14 @@ def comparisons(op: str, options: Options, norm: bool = False) -> Iterator[Compa
     if op == PLAIN and not options.quick:
         case = _Case(op, "forward", MEMORY_BOUND, options, norm)
         yield Comparison(op, "forward", MEMORY_BOUND, case.bfloat16(), torch.bfloat16)
+
+
+def _on_gpu(op: str, options: Options, norm: bool) -> Iterator[Comparison]:
+    for direction in options.directions:
+        for shape in options.shapes():
+            case = _Case(op, direction, shape, options, norm)
+            for dtype in options.dtypes:
+                yield Comparison(op, direction, shape, case.with_peers(dtype), dtype)
 
 
 @dataclass(frozen=True)
@@ -47,19 +59,31 @@ class _Case:
     norm: bool
 
     def float32(self) -> list[Contender]:
+        shift = self._contender("shift", getattr(baselines, self.op))
+        contenders = self.with_peers(torch.float32)
+        return [*contenders[:4], shift, *contenders[4:]]
+
+    def with_peers(self, dtype: torch.dtype) -> list[Contender]:
         ours, shift = getattr(cotnet_ext, self.op), getattr(baselines, self.op)
         contenders = [
-            self._contender(SUBJECT, ours),
-            self._contender(SUBJECT, ours, layout="channels_last"),
-            self._copy(),
-            self._contender("unfold", getattr(reference, self.op)),
-            self._contender("shift", shift),
+            self._contender(SUBJECT, ours, dtype),
+            self._contender(SUBJECT, ours, dtype, "channels_last"),
+            self._copy(dtype),
+            self._contender("unfold", getattr(reference, self.op), dtype),
         ]
         if self.op != PLAIN:
-            contenders.append(self._plain())
+            contenders.append(self._plain(dtype))
         if self.options.compiled:
-            contenders.append(self._contender("shift, compiled", baselines.compiled(shift)))
+            contenders.append(self._contender("shift, compiled", baselines.compiled(shift), dtype))
+        if self.op == PLAIN and self.options.gpu:
+            contenders += self._kernels(dtype)
         return contenders
+
+    def _kernels(self, dtype: torch.dtype) -> Iterator[Contender]:
+        """Other CUDA kernels: a plain one of our own, and those of the official repository."""
+        yield self._contender("one thread per result", one_thread.local_aggregation, dtype)
+        if self.options.official and dtype == torch.float32:
+            yield self._contender("official CuPy", official.late(self.options.official))
 
     def bfloat16(self) -> list[Contender]:
         ours, half = getattr(cotnet_ext, self.op), torch.bfloat16
@@ -85,10 +109,12 @@ class _Case:
             bytes=self._bytes(dtype),
         )
 
-    def _plain(self) -> Contender:
+    def _plain(self, dtype: torch.dtype) -> Contender:
         """local_aggregation on the inputs of the fused op, which uses the weights as they are."""
         ours, truth = (_without_norm(getattr(home, PLAIN)) for home in (cotnet_ext, reference))
-        return dataclasses.replace(self._contender(PLAIN, ours), reference=self._bind(truth))
+        return dataclasses.replace(
+            self._contender(PLAIN, ours, dtype), reference=self._bind(truth)
+        )
 
     @functools.cached_property
     def _truth(self) -> Function:

@@ -6,6 +6,14 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=["cpu", "cuda"],
+        help="only the tests that run on a device, and those on this one only",
+    )
+
+
 def available_devices() -> list[str]:
     """The devices that this build has kernels for and this machine has."""
     import cotnet_ext
@@ -21,14 +29,32 @@ def pytest_configure(config) -> None:
     torch.set_num_threads(2)
     # Users must not be bothered by what we call.
     config.addinivalue_line("filterwarnings", "error:::cotnet_ext")
+    only = config.getoption("--device")
+    if only and only not in available_devices():
+        raise pytest.UsageError(f"--device {only}: not in this build, or not on this machine")
 
 
 def pytest_generate_tests(metafunc) -> None:
-    """A test that takes `device` runs on every device with kernels."""
+    """A test that takes `device` runs wherever there are kernels, one of `cuda` on a GPU."""
+    if not {"device", "cuda"} & set(metafunc.fixturenames):
+        return
+    devices = available_devices()
+    only = metafunc.config.getoption("--device")
     if "device" in metafunc.fixturenames:
-        metafunc.parametrize(
-            "device", [torch.device(name) for name in available_devices()], ids=str
-        )
+        chosen = [only] if only else devices
+        metafunc.parametrize("device", [torch.device(name) for name in chosen], ids=str)
+    if "cuda" in metafunc.fixturenames:
+        absent = pytest.mark.skipif("cuda" not in devices, reason="needs a GPU and CUDA kernels")
+        metafunc.parametrize("cuda", [pytest.param(torch.device("cuda"), marks=absent, id="cuda")])
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    only = config.getoption("--device")
+    if only:
+        wanted = {"device", "cuda"} if only == "cuda" else {"device"}
+        kept = [item for item in items if wanted & set(item.fixturenames)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
 
 
 @pytest.fixture(autouse=True)

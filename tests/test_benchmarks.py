@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
+import functools
 import importlib
 import json
+import shutil
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import cotnet_ext
-from benchmarks import byte_model, figures, memory, report
+from benchmarks import byte_model, clocks, figures, memory, official, one_thread, report
 from benchmarks.__main__ import main, names
 from benchmarks.comparison import Comparison, Contender, Options, dtype_name
 from benchmarks.harness import Pool, measure
@@ -229,7 +235,8 @@ def test_peak_memory_is_the_highest_sum_of_what_is_alive():
 # ---- figures and report ------------------------------------------------------------------------
 
 
-def test_every_figure_names_a_row_that_a_full_run_writes(monkeypatch):
+@pytest.mark.parametrize("gpu", [False, True])
+def test_every_figure_names_a_row_that_a_full_run_writes(gpu, monkeypatch):
     def describe(comparison: Comparison, options: Options) -> list[dict]:
         return [
             {
@@ -247,8 +254,8 @@ def test_every_figure_names_a_row_that_a_full_run_writes(monkeypatch):
     for name in names():
         module = importlib.import_module(f"benchmarks.bench_{name}")
         monkeypatch.setattr(module, "measure", describe)
-        rows += module.rows(Options(device="meta"))
-    missing = [f for f in figures.figures() if f.judge(rows)[1] == figures.ABSENT]
+        rows += module.rows(Options(device="meta", gpu=gpu, official=Path("checkout")))
+    missing = [f for f in figures.figures(gpu) if f.judge(rows)[1] == figures.ABSENT]
     assert not missing
 
 
@@ -295,3 +302,136 @@ def test_the_report_shows_the_last_run_of_each_comparison_in_one_setting(tmp_pat
 
 def test_quick_shapes_are_quick():
     assert sum(s.batch * s.channels * s.positions for s in QUICK) < 1 << 14
+
+
+# ---- what is compared on a GPU, as far as it runs without one ------------------------------------
+
+GPU = dataclasses.replace(FAST, gpu=True)
+
+
+@pytest.mark.parametrize("name", sorted(set(names()) - {"modules", "overhead"}))
+def test_comparisons_of_a_gpu(name):
+    """Every contender but the CUDA kernels gives the right result, backward alone included."""
+    rows = list(importlib.import_module(f"benchmarks.bench_{name}").rows(GPU))
+    assert {row["pass"] for row in rows} == {"forward", "backward"}
+    subjects = {row["dtype"] for row in rows if row["provider"] == "cotnet_ext"}
+    assert subjects == {"float32", "float16", "bfloat16"}
+    for row in rows:
+        assert (row["error"] is None) == (row["provider"] != "one thread per result"), row
+
+
+def test_backward_alone_is_checked():
+    def wrong(x):
+        return (2 * x).detach() + x - x.detach()
+
+    right, other = measured(wrong, "backward")
+    assert right["error"] is None and right["ms"]
+    assert other["error"].startswith("wrong result")
+
+
+def test_batches_on_a_gpu_are_large():
+    assert [shape.batch for shape in Options(gpu=True).shapes()] == [128] * 4
+    assert [shape.batch for shape in Options().shapes()] == [8] * 4
+
+
+def test_dtypes_can_be_chosen():
+    assert len(Options(gpu=True).dtypes) == 3
+    assert Options(gpu=True, only_dtypes=("bfloat16",)).dtypes == (torch.bfloat16,)
+
+
+WINDOW = {"kernel_size": SHAPE.kernel_size, "padding": SHAPE.padding}
+# A C++ compiler takes the CUDA source with these, and runs one thread after the other.
+ONE_BY_ONE = """
+#include <cstring>
+#define __global__
+#define __device__ static
+struct { int x; } blockIdx, blockDim, threadIdx;
+static float __uint_as_float(unsigned bits) { float a; std::memcpy(&a, &bits, 4); return a; }
+static unsigned __float_as_uint(float a) { unsigned bits; std::memcpy(&bits, &a, 4); return bits; }
+%s
+#define RUN(name)                                                                              \\
+  extern "C" void run_##name(const scalar_t* a, const scalar_t* b, scalar_t* c, int count,     \\
+                             int C, int Cw, int H, int W, int k) {                             \\
+    blockDim.x = 64;                                                                           \\
+    for (blockIdx.x = 0; blockIdx.x < (count + 63) / 64; ++blockIdx.x)                         \\
+      for (threadIdx.x = 0; threadIdx.x < 64; ++threadIdx.x)                                   \\
+        name(a, b, c, count, C, Cw, H, W, k);                                                  \\
+  }
+RUN(forward) RUN(grad_input) RUN(grad_weight)
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plain_cuda_kernel_is_right(dtype, tmp_path, monkeypatch):
+    (tmp_path / "plain.cpp").write_text(ONE_BY_ONE % one_thread.source(dtype))
+    command = ["c++", "-O1", "-shared", "-fPIC", "plain.cpp", "-o", "plain.so"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    library = ctypes.CDLL(str(tmp_path / "plain.so"))
+
+    def launch(name, first, second, result, sizes):
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (first, second, result)]
+        getattr(library, f"run_{name}")(*pointers, result.numel(), *sizes)
+        return result
+
+    monkeypatch.setattr(one_thread, "launch", launch)
+    truth = functools.partial(cotnet_ext.reference.local_aggregation, **WINDOW)
+    plain = functools.partial(one_thread.local_aggregation, **WINDOW)
+    contenders = [Contender("plain", plain, truth, Window(SHAPE, dtype))]
+    for direction in ("forward", "forward+backward"):
+        rows = measure(Comparison("local_aggregation", direction, SHAPE, contenders), FAST)
+        assert [row["error"] for row in rows] == [None]
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+@pytest.mark.parametrize("dtype", one_thread.SCALARS, ids=dtype_name)
+def test_the_plain_cuda_kernel_compiles(dtype, tmp_path):
+    (tmp_path / "plain.cu").write_text(one_thread.source(dtype))
+    subprocess.run(["nvcc", "-arch=sm_80", "-cubin", "plain.cu"], cwd=tmp_path, check=True)
+
+
+def test_official_kernels_are_found_and_get_what_cupy_removed(monkeypatch, tmp_path):
+    layers = tmp_path / "cupy_layers"
+    layers.mkdir()
+    code = "import cupy\ndef aggregation_zeropad(x, **window):\n"
+    code += "    return cupy.cuda.compile_with_cache('code').get_function('f')(x, **window)\n"
+    (layers / "aggregation_zeropad.py").write_text(code)
+
+    def raw_module(code):
+        assert code == "code"
+        function = lambda x, **window: (x, window)  # noqa: E731
+        return types.SimpleNamespace(get_function={"f": function}.get)
+
+    cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(), RawModule=raw_module)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert official.late(tmp_path)(5, padding=1) == (5, {"padding": 1})
+    with pytest.raises(FileNotFoundError, match="no checkout"):
+        official.local_aggregation(tmp_path / "elsewhere")
+    for name in ("cupy_layers", official.MODULE):
+        sys.modules.pop(name)
+
+
+def test_the_clock_of_a_gpu_leaves_the_host_out(monkeypatch):
+    """The GPU waits before each sample, and longer once launching has taken longer than that."""
+    waits = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self): ...
+
+        def synchronize(self): ...
+
+        def elapsed_time(self, end) -> float:
+            return 6.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", waits.append)
+    clock = clocks.CudaClock("cpu", cold=False)
+    assert clock(lambda: time.sleep(0.002), 3) == (2.0, None)
+    clock(lambda: None, 1)
+    assert waits[0] == clocks.LEAST_MS * clocks.CYCLES
+    assert 9 * clocks.CYCLES <= waits[1] <= clocks.MOST_MS * clocks.CYCLES
+    assert clocks.clock("cpu") is clocks.clock("cuda", host=True) is clocks.host_clock

@@ -74,6 +74,14 @@ def test_other_values_of_the_switch_are_errors(mode):
         native.choose_cuda(mode, "")
 
 
+@pytest.mark.parametrize(
+    ("jobs", "files", "threads"), [(2, 8, 1), (16, 8, 2), (16, 5, 3), (1, 1, 1), (4, 0, 4)]
+)
+def test_nvcc_uses_the_processors_that_files_leave_idle(jobs, files, threads):
+    assert native.nvcc_flags("12.8", jobs, files) == [f"--threads={threads}"]
+    assert native.nvcc_flags("13.0", jobs, files)[1:] == ["--compress-mode=size"]
+
+
 def test_nvcc_is_asked_for_its_version_and_its_toolkit():
     version = "Cuda compilation tools, release 12.8, V12.8.61"
     assert native.nvcc_release(version) == "12.8"

@@ -86,9 +86,13 @@ def test_the_reader_of_imports_finds_them():
 # What a file of C++ may include of ours, by the first rule that fits its path.
 INCLUDES = (
     (r"core/.*", r"core/.*"),
+    # Launches are chosen from the numbers of the device, which only host code can read.
+    (r"host/cuda_context\.h", r"(core|host)/.*|cuda/launch\.h"),
     (r"host/.*", r"(core|host)/.*"),
     # Loops and device code know no tensors: they compile alone, also against NumPy.
     (r"cpu/.*\.h", r"(core|cpu)/.*"),
+    # The tests bring twins of what device code uses of CUDA.
+    (r"cuda/device\.cuh", r"(core|cuda)/.*|emulator\.h"),
     (r"cuda/.*\.(cuh|h)", r"(core|cuda)/.*"),
     (r"cpu/.*\.cpp", r"(core|host|cpu)/.*"),
     (r"cuda/.*\.cu", r"(core|host|cuda)/.*"),
@@ -104,13 +108,40 @@ def test_includes_point_one_way(path):
     # Loops are included through a macro that names their file.
     for ours in re.findall(r'^#(?:include|define COTNET_LOOPS) "(.+)"', text, re.MULTILINE):
         assert re.fullmatch(allowed, ours), f"{name} includes {ours}"
-        assert (CSRC / ours).is_file()
+        assert (CSRC / ours).is_file() or (ROOT / "tests" / "cuda_emulator" / ours).is_file()
     foreign = re.findall(r"^#include <(.+)>", text, re.MULTILINE)
     knows_tensors = re.match(r"host/|library\.cpp|.*\.(cpp|cu)$", name)
     torch = [header for header in foreign if header.startswith(("torch/", "ATen/", "c10/"))]
     assert not torch or knows_tensors, f"{name} includes {torch}"
     assert all(header.startswith(("torch/csrc/", "torch/headeronly/")) for header in torch)
     assert "Python.h" not in foreign or name == "library.cpp"
+
+
+def registered(files: Iterator[Path], key: str) -> list[str]:
+    """Names of the operators that these files give kernels for a dispatch key."""
+    blocks = (path.read_text().partition(f"_IMPL(cotnet_ext, {key}, m)")[2] for path in files)
+    return sorted(name for text in blocks for name in re.findall(r'm\.impl\("(\w+)"', text))
+
+
+def test_every_operator_has_one_kernel_for_each_device():
+    schemas = re.findall(r'm\.def\("(\w+)\(', (CSRC / "library.cpp").read_text())
+    computing = sorted(set(schemas) - {"build_info"})
+    assert registered(CSRC.glob("cpu/*.cpp"), "CPU") == computing
+    on_gpu = registered(CSRC.glob("cuda/*.cu"), "CUDA")
+    assert len(on_gpu) == len(set(on_gpu)) and set(on_gpu) <= set(computing)
+
+
+# Each waits for the GPU, takes memory behind PyTorch's allocator, or gives sums no fixed order.
+FORBIDDEN = r"Synchronize|cudaMalloc|cudaFree|cudaMemcpy\b|cudaMemset\b|atomic(Add|CAS|Exch)|<<<"
+
+
+@pytest.mark.parametrize("path", CPP_FILES, ids=lambda path: path.relative_to(CSRC).as_posix())
+def test_cuda_code_keeps_the_rules(path):
+    text = re.sub(r"//.*", "", path.read_text())
+    if path.name != "device.cuh":  # it launches, for all others
+        assert not re.search(FORBIDDEN, text)
+    if path.suffix == ".cu":
+        assert "CudaContext" in text and "STD_CUDA_KERNEL_LAUNCH_CHECK();" in text
 
 
 # ---- The compiled library ------------------------------------------------------------------------

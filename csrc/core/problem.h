@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "core/host_device.h"
+
 namespace cotnet {
 
 // Kernel, stride, padding and dilation along one axis of the map, with the sizes on both sides of it.
@@ -20,9 +22,9 @@ struct Axis {
   int64_t dilation;
 
   // Input position that tap `u` reads for output position `i`, before padding is applied.
-  int64_t source(int64_t i, int64_t u) const { return i * stride - padding + u * dilation; }
+  COTNET_HD int64_t source(int64_t i, int64_t u) const { return i * stride - padding + u * dilation; }
   // Distance between the first and the last tap.
-  int64_t extent() const { return (kernel - 1) * dilation; }
+  COTNET_HD int64_t extent() const { return (kernel - 1) * dilation; }
 };
 
 struct AggregationProblem {
@@ -35,13 +37,13 @@ struct AggregationProblem {
   bool reflect;             // padding mode: reflected input instead of zeros
   bool channels_last;       // every tensor is NHWC (weights: N, Ho, Wo, G*Cw*K) instead of NCHW
 
-  int64_t taps() const { return rows.kernel * cols.kernel; }
+  COTNET_HD int64_t taps() const { return rows.kernel * cols.kernel; }
   // Channels that share one weight channel: c = m, m + Cw, m + 2*Cw, ... (interleaved, as in CoTNet and SAN).
-  int64_t sharing() const { return channels / weight_channels; }
+  COTNET_HD int64_t sharing() const { return channels / weight_channels; }
   // Index of one image's weight channel in [N, G, Cw].
-  int64_t group(int64_t n, int64_t g, int64_t m) const { return (n * heads + g) * weight_channels + m; }
-  int64_t in_plane() const { return rows.in * cols.in; }
-  int64_t out_plane() const { return rows.out * cols.out; }
+  COTNET_HD int64_t group(int64_t n, int64_t g, int64_t m) const { return (n * heads + g) * weight_channels + m; }
+  COTNET_HD int64_t in_plane() const { return rows.in * cols.in; }
+  COTNET_HD int64_t out_plane() const { return rows.out * cols.out; }
 };
 
 // Softmax over the map and context fusion work on [N, C, H*W] with no window.

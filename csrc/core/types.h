@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/host_device.h"
+
 namespace cotnet {
 
 struct Half {
@@ -28,44 +30,61 @@ template <class scalar_t>
 using acc_t = typename Accumulate<scalar_t>::type;
 
 template <class To, class From>
-inline To bit_cast(const From& from) {
+COTNET_HD inline To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
   To to;
   std::memcpy(&to, &from, sizeof(To));
   return to;
 }
 
-inline float widen(float a) { return a; }
-inline double widen(double a) { return a; }
-inline float widen(BFloat16 a) { return bit_cast<float>(uint32_t(a.bits) << 16); }
-inline float widen(Half a) {
+COTNET_HD inline float widen(float a) { return a; }
+COTNET_HD inline double widen(double a) { return a; }
+COTNET_HD inline float widen(BFloat16 a) { return bit_cast<float>(uint32_t(a.bits) << 16); }
+COTNET_HD inline float widen(Half a) {
+#if defined(__CUDA_ARCH__)
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(a.bits));
+  return f;
+#else
   // Exponent and mantissa move into a float whose exponent is then rebased by a multiplication, which is
   // exact for subnormals too; infinities and NaNs get the float exponent by hand.
   const uint32_t magnitude = uint32_t(a.bits & 0x7fff) << 13;
   uint32_t bits = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
   if (magnitude >= 0x0f800000u) bits |= 0x7f800000u;
   return bit_cast<float>(bits | uint32_t(a.bits & 0x8000) << 16);
+#endif
 }
 
 template <class scalar_t>
-scalar_t narrow(acc_t<scalar_t> a);
+COTNET_HD scalar_t narrow(acc_t<scalar_t> a);
 
 template <>
-inline float narrow<float>(float a) {
+COTNET_HD inline float narrow<float>(float a) {
   return a;
 }
 template <>
-inline double narrow<double>(double a) {
+COTNET_HD inline double narrow<double>(double a) {
   return a;
 }
 template <>
-inline BFloat16 narrow<BFloat16>(float a) {  // round to nearest, ties to even
+COTNET_HD inline BFloat16 narrow<BFloat16>(float a) {  // round to nearest, ties to even
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  BFloat16 b;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(b.bits) : "f"(a));
+  return b;
+#else
   const uint32_t bits = bit_cast<uint32_t>(a);
   if (a != a) return {uint16_t(bits >> 16 | 0x40)};
   return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+#endif
 }
 template <>
-inline Half narrow<Half>(float a) {  // round to nearest, ties to even
+COTNET_HD inline Half narrow<Half>(float a) {  // round to nearest, ties to even
+#if defined(__CUDA_ARCH__)
+  Half h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(a));
+  return h;
+#else
   const uint32_t bits = bit_cast<uint32_t>(a);
   const uint32_t sign = bits >> 16 & 0x8000;
   uint32_t magnitude = bits & 0x7fffffff;
@@ -78,6 +97,7 @@ inline Half narrow<Half>(float a) {  // round to nearest, ties to even
   }
   magnitude += 0xfff + (magnitude >> 13 & 1);
   return {uint16_t(sign | (magnitude - 0x38000000) >> 13)};
+#endif
 }
 
 }  // namespace cotnet

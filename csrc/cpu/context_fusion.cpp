@@ -14,14 +14,9 @@
 namespace cotnet {
 namespace {
 
-void check_logits(const Tensor& dynamic, const Tensor& logits, const MapProblem& p) {
-  check_alike({{"dynamic", &dynamic}, {"logits", &logits}});
-  check_shape("logits", logits, {p.batch, p.channels, 2});
-}
-
 Tensor context_fusion_cpu(const Tensor& dynamic, const Tensor& static_context, const Tensor& logits) {
   const auto p = map_problem("context_fusion", {{"dynamic", &dynamic}, {"static", &static_context}});
-  check_logits(dynamic, logits, p);
+  check_fusion_logits(dynamic, logits, p);
   const Tensor d = map_in_layout(dynamic, p.channels_last);
   const Tensor s = map_in_layout(static_context, p.channels_last);
   const Tensor l = torch::stable::contiguous(logits);
@@ -38,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> context_fusion_backward_cpu(const Tensor& gra
                                                                const Tensor& static_context, const Tensor& logits,
                                                                const std::vector<bool>& output_mask) {
   const auto p = map_problem("context_fusion_backward", {{"dynamic", &dynamic}, {"static", &static_context}, {"grad", &grad}});
-  check_logits(dynamic, logits, p);
+  check_fusion_logits(dynamic, logits, p);
   STD_TORCH_CHECK(output_mask.size() == 3, "output_mask must be three booleans");
   const Tensor g = map_in_layout(grad, p.channels_last);
   const Tensor d = map_in_layout(dynamic, p.channels_last);

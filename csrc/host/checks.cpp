@@ -148,6 +148,11 @@ MapProblem map_problem(const char* op, const std::vector<std::pair<const char*, 
   return {first.size(0), first.size(1), first.size(2) * first.size(3), is_channels_last(first)};
 }
 
+void check_fusion_logits(const Tensor& dynamic, const Tensor& logits, const MapProblem& p) {
+  check_alike({{"dynamic", &dynamic}, {"logits", &logits}});
+  check_shape("logits", logits, {p.batch, p.channels, 2});
+}
+
 void check_alike(const std::vector<std::pair<const char*, const Tensor*>>& tensors) {
   const auto& [first_name, first] = tensors.front();
   const ScalarType dtype = first->scalar_type();

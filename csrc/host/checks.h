@@ -37,6 +37,8 @@ void check_grad(const Tensor& grad, const AggregationProblem& problem);
 
 // Problem of maps [N, C, H, W] of one shape, laid out as the first is.
 MapProblem map_problem(const char* op, const std::vector<std::pair<const char*, const Tensor*>>& maps);
+// The logits [N, C, 2] of context_fusion.
+void check_fusion_logits(const Tensor& dynamic, const Tensor& logits, const MapProblem& problem);
 
 // All tensors share dtype and device with the first.
 void check_alike(const std::vector<std::pair<const char*, const Tensor*>>& tensors);

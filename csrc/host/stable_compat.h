@@ -5,6 +5,11 @@
 
 #include <string>
 
+// Older torch has it under this name only.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace cotnet {
 
 // A `str` argument of an operator. Torch's own conversion to std::string (2.10 to 2.13) forgets to free a copy on every

@@ -1,0 +1,160 @@
+// The gradient of the weights of 3 x 3 aggregations from tiles in shared memory: grad_w[t][q] is the sum over the channels
+// that share the weight of grad_y[q] * x[q + d_t]. A thread owns four columns of one row of one weight channel: 36 sums, to
+// which the channels come eight at a time. What becomes of the sums is decided by a sink, which may ask for the weights.
+#pragma once
+
+#include "cuda/aggregation_tile.cuh"
+
+namespace cotnet {
+
+// From the gradient d of the weights that were summed with to that of the weights as they are stored. w: the stored ones.
+template <class scalar_t>
+struct PlainTileSink {
+  static constexpr bool kNeedsWeights = false;
+  COTNET_DEVICE void finish(const WeightPlace&, acc_t<scalar_t> (&)[9][kTileColumns], acc_t<scalar_t> (&)[9][kTileColumns]) const {}
+};
+
+template <class scalar_t>
+struct SoftmaxTileSink {
+  using acc = acc_t<scalar_t>;
+  static constexpr bool kNeedsWeights = true;
+  SoftmaxWeights<scalar_t> weights;
+
+  COTNET_DEVICE void finish(const WeightPlace& at, acc (&w)[9][kTileColumns], acc (&d)[9][kTileColumns]) const {
+    transform(weights, at, w);
+    COTNET_UNROLL
+    for (int i = 0; i < kTileColumns; ++i) {
+      acc mean = 0;
+      COTNET_UNROLL
+      for (int t = 0; t < 9; ++t) mean = fma(w[t][i], d[t][i], mean);
+      COTNET_UNROLL
+      for (int t = 0; t < 9; ++t) d[t][i] = w[t][i] * (d[t][i] - mean);
+    }
+  }
+};
+
+template <class scalar_t>
+struct NormTileSink {
+  using acc = acc_t<scalar_t>;
+  static constexpr bool kNeedsWeights = true;
+  NormWeights<scalar_t> weights;
+  const double* means;  // [N, G*Cw, 2]: of gamma * d and of gamma * d * normalised weight, over the group
+
+  COTNET_DEVICE void finish(const WeightPlace& at, acc (&w)[9][kTileColumns], acc (&d)[9][kTileColumns]) const {
+    const auto window = weights.open(at);
+    const Pack<double, 2> known = load_vec<2>(means + 2 * at.unit());
+    const acc mean = acc(known.at[0]), mean_normed = acc(known.at[1]);
+    COTNET_UNROLL
+    for (int t = 0; t < 9; ++t) {
+      const acc scale = window.scale(t);
+      COTNET_UNROLL
+      for (int i = 0; i < kTileColumns; ++i) {
+        const acc normed = (w[t][i] - window.mean) * window.rstd;
+        d[t][i] = window.rstd * fma(-normed, mean_normed, fma(scale, d[t][i], -mean));
+      }
+    }
+  }
+};
+
+template <class scalar_t, class Sink, int kVector>
+COTNET_KERNEL(kTileThreads, 2)
+aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile, const Sink sink,
+                                    const scalar_t* raw /* [N, Cw, 9, H, W], the stored weights */,
+                                    const scalar_t* grad_y /* [N, C, H, W] */, const scalar_t* x /* [N, C, H, W] */,
+                                    scalar_t* grad_w /* [N, Cw, 9, H, W] */) {
+  using acc = acc_t<scalar_t>;
+  COTNET_SHARED_DYNAMIC(memory);
+  scalar_t* const x_tile = reinterpret_cast<scalar_t*>(memory) + 16 / sizeof(scalar_t);  // [kTileChannels, planes, rows, W]
+  scalar_t* const g_tile = x_tile + kTileChannels * tile.x_stride;                       // [kTileChannels, planes, rows, W]
+  scalar_t* const w_tile = g_tile + kTileChannels * tile.second_stride;                  // [planes, 9, rows, W]
+  const int width = int(p.cols.out), height = int(p.rows.out), plane = height * width;
+  const int threads = int(blockDim.x), thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  TilePlace<scalar_t, false> at(p, tile);
+  const bool strips = tile.strips > 1;
+  const int skipped = (at.first_row - at.first_loaded) * width, computed = strips ? at.rows * width : at.planes * plane;
+
+  if (Sink::kNeedsWeights) at.load_weights(p, tile, w_tile, raw, thread, threads);
+  const int segment = thread % tile.segments, line = thread / tile.segments;
+  const int of_plane = line / at.rows, row = at.first_row + line - of_plane * at.rows;
+  const int column = segment * kTileColumns < width - kTileColumns ? segment * kTileColumns : width - kTileColumns;
+  const bool busy = of_plane < at.planes, first_column = column == 0, last_column = column == width - kTileColumns;
+  acc sums[9][kTileColumns] = {};
+  const int chunks = int(p.sharing() / kTileChannels);
+  for (int chunk = 0; chunk < chunks; ++chunk, at.next_channels(p)) {
+    if (chunk > 0) sync_block();  // all have read the channels before
+    for (int j = warp; j < kTileChannels; j += threads / 32) {
+      const int64_t begin = at.channel(p, j);
+      load_run(x_tile + at.channel_offset(tile, j), x, begin, strips ? at.loaded * width : computed, lane, 32);
+      load_run(g_tile + at.second_offset(tile, j, skipped), grad_y, begin + skipped, computed, lane, 32);
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+    sync_block();
+    if (!busy) continue;
+    COTNET_UNROLL
+    for (int j = 0; j < kTileChannels; ++j) {
+      acc grads[kTileColumns];
+      read_columns<kVector>(
+          g_tile + at.second_offset(tile, j, skipped) + of_plane * plane + (row - at.first_row) * width + column, grads);
+      COTNET_UNROLL
+      for (int u = 0; u < 3; ++u) {
+        const int source = row + u - 1;
+        if (source < 0 || source >= height) continue;
+        const scalar_t* const from =
+            x_tile + at.channel_offset(tile, j) + of_plane * plane + (source - at.first_loaded) * width + column;
+        acc values[kTileColumns + 2];  // columns column - 1 to column + 4, zero outside of the map
+        values[0] = first_column ? acc(0) : widen(from[-1]);
+        read_columns<kVector>(from, values + 1);
+        values[kTileColumns + 1] = last_column ? acc(0) : widen(from[kTileColumns]);
+        COTNET_UNROLL
+        for (int v = 0; v < 3; ++v) {
+          COTNET_UNROLL
+          for (int i = 0; i < kTileColumns; ++i) sums[u * 3 + v][i] = fma(grads[i], values[i + v], sums[u * 3 + v][i]);
+        }
+      }
+    }
+  }
+  if (busy) {
+    acc w[9][kTileColumns];
+    if (Sink::kNeedsWeights) {
+      COTNET_UNROLL
+      for (int t = 0; t < 9; ++t)
+        read_columns<kVector>(w_tile + at.weight_offset(tile, t, of_plane, plane) + (row - at.first_row) * width + column, w[t]);
+    }
+    sink.finish({at.image, at.weight_channel + of_plane, p.weight_channels, int64_t(row) * width + column, plane, 9}, w, sums);
+  }
+  sync_block();
+
+  // grad_w takes the place of x and grad_y in the tile, laid out as weights are.
+  if (busy) {
+    COTNET_UNROLL
+    for (int t = 0; t < 9; ++t)
+      write_columns<kVector>(x_tile + at.weight_offset(tile, t, of_plane, plane) + (row - at.first_row) * width + column, sums[t]);
+  }
+  sync_block();
+  at.store_weights(p, tile, grad_w, x_tile, thread, threads);
+}
+
+// True when a tile kernel was launched. raw may be null where the sink needs no weights.
+template <class scalar_t, class Sink>
+bool try_aggregation_tile_grad_weight(const AggregationProblem& p, const Sink& sink, const scalar_t* raw,
+                                      const scalar_t* grad_y, const scalar_t* x, scalar_t* grad_w, const DeviceNumbers& numbers,
+                                      Stream stream) {
+  if constexpr (sizeof(scalar_t) > 4) {
+    return false;
+  } else {
+    const bool aligned = (!Sink::kNeedsWeights || alignment_of(raw) == 16) && alignment_of(grad_y) == 16 &&
+                         alignment_of(x) == 16 && alignment_of(grad_w) == 16;
+    const Tile tile = choose_aggregation_tile(p, sizeof(scalar_t), aligned, {Sink::kNeedsWeights, false, true}, numbers);
+    if (!tile.possible()) return false;
+    const auto launch = [&](auto* kernel) {
+      launch_kernel(kernel, tile.launch, stream, p, tile, sink, raw, grad_y, x, grad_w);
+    };
+    if (tile.vector == 4) launch(&aggregation_tile_grad_weight_kernel<scalar_t, Sink, 4>);
+    else if (tile.vector == 2) launch(&aggregation_tile_grad_weight_kernel<scalar_t, Sink, 2>);
+    else launch(&aggregation_tile_grad_weight_kernel<scalar_t, Sink, 1>);
+    return true;
+  }
+}
+
+}  // namespace cotnet

@@ -1,0 +1,39 @@
+// How many blocks share one group of group_norm_aggregation, and the memory its kernels hand to each other.
+#pragma once
+
+#include <algorithm>
+
+#include "core/problem.h"
+#include "core/window.h"
+#include "cuda/launch.h"
+
+namespace cotnet {
+
+// Parts of a group whose statistics different blocks take.
+struct NormParts {
+  int64_t count;
+  int64_t elements;  // of each, the last may have fewer
+};
+
+// A group is K * Ho * Wo elements, at 14 x 14 some 1764, and N * G * Cw of them mostly fill a GPU. Where they are few they
+// are split until 4 blocks of 256 threads come to each multiprocessor, but no part has fewer than 2048 elements, 8 a thread:
+// below that a block costs more than it reads.
+inline NormParts choose_group_norm_statistics(const AggregationProblem& p, const DeviceNumbers& numbers) {
+  constexpr int64_t least = 2048;
+  const int64_t size = p.taps() * p.out_plane(), groups = p.batch * p.heads * p.weight_channels;
+  const int64_t wanted = ceil_div(4 * int64_t(numbers.sm_count), std::max<int64_t>(groups, 1));
+  const int64_t parts = std::max<int64_t>(1, std::min(wanted, size / least));
+  const int64_t elements = ceil_div(size, parts);
+  return {ceil_div(size, elements), elements};
+}
+
+// Doubles of scratch memory. Forward: mean and sum of squared distances of each part. Backward: two sums for each tap of
+// each group, then two for each group.
+inline int64_t group_norm_forward_scratch(const AggregationProblem& p, const NormParts& parts) {
+  return 2 * p.batch * p.heads * p.weight_channels * parts.count;
+}
+inline int64_t group_norm_backward_scratch(const AggregationProblem& p) {
+  return 2 * p.batch * p.heads * p.weight_channels * (p.taps() + 1);
+}
+
+}  // namespace cotnet

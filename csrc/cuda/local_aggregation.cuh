@@ -1,0 +1,31 @@
+// local_aggregation and its gradients on CUDA, on raw pointers.
+#pragma once
+
+#include "cuda/aggregation.cuh"
+#include "cuda/aggregation_tile_grad_weight.cuh"
+
+namespace cotnet {
+
+template <class scalar_t>
+void local_aggregation_forward(const AggregationProblem& p, const scalar_t* x /* [N, C, H, W] */,
+                               const scalar_t* w /* [N, G, Cw, K, Ho, Wo] */, scalar_t* y /* [N, G*C, Ho, Wo] */,
+                               const DeviceNumbers& numbers, Stream stream) {
+  const PlainWeights<scalar_t> weights{w, weight_strides(p)};
+  if (try_aggregation_tile<false>(p, weights, w, x, y, numbers, stream)) return;
+  launch_aggregation_forward(p, weights, x, y, stream);
+}
+
+// Either gradient may be null.
+template <class scalar_t>
+void local_aggregation_backward(const AggregationProblem& p, const scalar_t* grad_y, const scalar_t* x, const scalar_t* w,
+                                scalar_t* grad_x, scalar_t* grad_w, const DeviceNumbers& numbers, Stream stream) {
+  const WeightStrides strides = weight_strides(p);
+  const PlainWeights<scalar_t> weights{w, strides};
+  if (grad_x && !try_aggregation_tile<true>(p, weights, w, grad_y, grad_x, numbers, stream))
+    launch_aggregation_grad_input(p, weights, grad_y, grad_x, stream);
+  const PlainTileSink<scalar_t> sink;
+  if (grad_w && !try_aggregation_tile_grad_weight<scalar_t>(p, sink, nullptr, grad_y, x, grad_w, numbers, stream))
+    launch_aggregation_grad_weight(p, PlainSink<scalar_t>{grad_w, strides}, grad_y, x, stream);
+}
+
+}  // namespace cotnet

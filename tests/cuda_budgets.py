@@ -1,0 +1,87 @@
+"""What each CUDA kernel may use, as the compiled library shows it. `cuda_gate.py` reads this table.
+
+A kernel is judged by the first row whose pattern is found in its demangled name, template arguments
+included. Every kernel needs a row, and every row a kernel.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+# A multiprocessor deals warps out to four quarters; the warps of a quarter share its registers, in
+# units of 8 for each thread.
+QUARTERS, REGISTERS = 4, 16384
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The limits of one kernel, and why they are where they are."""
+
+    kernel: str  # a regular expression
+    registers: int  # a thread's at most
+    why: str
+    stack: int = 0  # bytes of a thread that may live in memory: none, nothing is spilled
+    # Instructions in the code, where a bulk copy stands for any number of accesses of 16 bytes.
+    wide_loads: int = 0  # global loads of 16 bytes, at least
+    wide_stores: int = 0
+    narrow_loads: int | None = None  # global loads of fewer bytes, at most; None: any number
+    narrow_stores: int | None = None
+    instructions: int | None = None  # in the code, at most: for kernels that are unrolled
+    since: int = 0  # the first architecture for which these five hold, such as 90
+
+
+def registers_for(threads: int, blocks: int) -> int:
+    """Registers of each thread with which so many blocks of so many threads stay resident."""
+    warps = -(-threads // 32 * blocks // QUARTERS)  # of the fullest quarter
+    return min(255, REGISTERS // (32 * warps) // 8 * 8)
+
+
+def wide(loads: int, stores: int) -> dict[str, int]:
+    return {"wide_loads": loads, "wide_stores": stores}
+
+
+def constant(name: str) -> int:
+    """A number of the kernels' own, such as the threads of their blocks."""
+    folder = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+    text = "".join(path.read_text() for path in sorted(folder.glob("*.*h")))
+    return int(re.search(rf"constexpr int {name} = (\d+);", text).group(1))
+
+
+TILE = constant("kTileThreads")
+ANY = registers_for(constant("kAnyThreads"), 1)
+TILE = registers_for(constant("kTileThreads"), 2)
+ROWS = registers_for(constant("kGateRowThreads"), 1)
+IMAGES = registers_for(constant("kGateImageBackwardThreads"), 1)
+SPLIT_ROWS = registers_for(constant("kGateSplitThreads"), 3)
+SPLIT_IMAGES = registers_for(constant("kGateSplitThreads"), 2)
+FUSION = constant("kFusionThreads")
+TILES = constant("kGateTileThreads")
+NORM = constant("kNormThreads")
+GATE = "spatial_softmax_gate_"
+
+BUDGETS: tuple[Budget, ...] = (
+    # Any shape: a value at a time, and as many registers as a block can have. Nothing is spilled.
+    Budget("aggregation_(forward|grad_input|grad_weight)_kernel", ANY, "a block must fit"),
+    # Runs of a tile come and go in 16 bytes, but for their ends.
+    Budget("aggregation_tile_kernel", registers_for(TILE, 2), "two blocks", **wide(12, 6)),
+    # Tiles: runs of 16 bytes; narrower accesses are for the ends of runs, and in the loops of them.
+    Budget("aggregation_tile_(grad_weight_)?kernel", TILE, "two blocks", **wide(2, 1)),
+    Budget("softmax_normaliser_kernel", registers_for(constant("kAnyThreads"), 3), "three blocks"),
+    Budget("group_norm_statistics_kernel", registers_for(NORM, 3), "three blocks: reads w alone"),
+    Budget("group_norm_sums_kernel", registers_for(NORM, 1), "a block must fit"),
+    Budget("group_norm_(means|merge|parameters|strips)_kernel", registers_for(NORM, 2), "little to do"),
+    # Vectors of 16 bytes, several under way; narrower accesses are for the ends of unaligned maps.
+    Budget("context_fusion_planes_kernel", registers_for(FUSION, 3), "three blocks", **wide(6, 4)),
+    Budget("context_fusion_images_kernel", registers_for(FUSION, 2), "two blocks", **wide(6, 4)),
+    Budget("context_fusion_grad_logits_kernel", 64, "sums a few numbers per channel"),
+    Budget(f"{GATE}tile_kernel<double", registers_for(TILES, 1), "one block", **wide(6, 2)),
+    Budget(f"{GATE}tile_kernel", registers_for(TILES, 2), "two blocks", **wide(6, 2)),
+    Budget(f"{GATE}whole_kernel<cotnet::Plane", ROWS, "a block must fit", **wide(10, 2)),
+    Budget(f"{GATE}whole_kernel<cotnet::Image", IMAGES, "a block must fit", **wide(10, 2)),
+    Budget(f"{GATE}gather_kernel<cotnet::Plane", SPLIT_ROWS, "three blocks", **wide(4, 0)),
+    Budget(f"{GATE}gather_kernel<cotnet::Image", SPLIT_IMAGES, "two blocks", **wide(4, 0)),
+    Budget(f"{GATE}finish_kernel<cotnet::Plane", SPLIT_ROWS, "three blocks", **wide(6, 2)),
+    Budget(f"{GATE}finish_kernel<cotnet::Image", SPLIT_IMAGES, "two blocks", **wide(6, 2)),
+)

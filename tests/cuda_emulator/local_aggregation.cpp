@@ -1,0 +1,34 @@
+// Binds csrc/cuda/local_aggregation.cuh.
+#include "cuda/local_aggregation.cuh"
+
+#include "bindings.h"
+
+COTNET_BINDINGS(m) {
+  using namespace cotnet;
+  using namespace cotnet::bindings;
+  m.def("local_aggregation", [](const std::string& dtype, const py::tuple& problem, const py::tuple& device,
+                                const py::object& x, const py::object& w, const py::object& y) {
+    dispatch_dtype(dtype, [&](auto tag) {
+      using scalar_t = typename decltype(tag)::type;
+      local_aggregation_forward(aggregation_problem(problem), in<scalar_t>(x), in<scalar_t>(w), out<scalar_t>(y),
+                                device_numbers(device), Stream{});
+    });
+  });
+  m.def("local_aggregation_backward", [](const std::string& dtype, const py::tuple& problem, const py::tuple& device,
+                                         const py::object& grad_y, const py::object& x, const py::object& w,
+                                         const py::object& grad_x, const py::object& grad_w) {
+    dispatch_dtype(dtype, [&](auto tag) {
+      using scalar_t = typename decltype(tag)::type;
+      local_aggregation_backward(aggregation_problem(problem), in<scalar_t>(grad_y), in<scalar_t>(x), in<scalar_t>(w),
+                                 out<scalar_t>(grad_x), out<scalar_t>(grad_w), device_numbers(device), Stream{});
+    });
+  });
+  // (planes, rows, strips, threads, bytes of shared memory) of a block, or None.
+  m.def("choose_aggregation_tile", [](const py::tuple& problem, int element_bytes, bool aligned, bool backward,
+                                      const py::tuple& device) -> py::object {
+    const Tile tile =
+        choose_aggregation_tile(aggregation_problem(problem), element_bytes, aligned, {true, backward, backward}, device_numbers(device));
+    if (!tile.possible()) return py::none();
+    return py::make_tuple(tile.planes, tile.rows, tile.strips, tile.launch.threads, tile.launch.shared_bytes);
+  });
+}
