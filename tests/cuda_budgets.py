@@ -71,7 +71,9 @@ BUDGETS: tuple[Budget, ...] = (
     Budget("softmax_normaliser_kernel", registers_for(constant("kAnyThreads"), 3), "three blocks"),
     Budget("group_norm_statistics_kernel", registers_for(NORM, 3), "three blocks: reads w alone"),
     Budget("group_norm_sums_kernel", registers_for(NORM, 1), "a block must fit"),
-    Budget("group_norm_(means|merge|parameters|strips)_kernel", registers_for(NORM, 2), "little to do"),
+    Budget(
+        "group_norm_(means|merge|parameters|strips)_kernel", registers_for(NORM, 2), "little to do"
+    ),
     # Vectors of 16 bytes, several under way; narrower accesses are for the ends of unaligned maps.
     Budget("context_fusion_planes_kernel", registers_for(FUSION, 3), "three blocks", **wide(6, 4)),
     Budget("context_fusion_images_kernel", registers_for(FUSION, 2), "two blocks", **wide(6, 4)),
