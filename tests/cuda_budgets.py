@@ -1,7 +1,7 @@
 """What each CUDA kernel may use, as the compiled library shows it. `cuda_gate.py` reads this table.
 
-A kernel is judged by the first row whose pattern is found in a text such as `cotnet::a_kernel<float,
-3> for sm_90`. Every kernel needs a row, and every row a kernel.
+A kernel is judged by the first row whose pattern is found in its name, which reads
+`cotnet::a_kernel<float, 3> for sm_90`. Every kernel needs a row, and every row a kernel.
 """
 
 from __future__ import annotations
