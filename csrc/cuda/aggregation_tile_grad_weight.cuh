@@ -11,7 +11,8 @@ namespace cotnet {
 template <class scalar_t>
 struct PlainTileSink {
   static constexpr bool kNeedsWeights = false, kSums = false;
-  COTNET_DEVICE void finish(const WeightPlace&, acc_t<scalar_t> (&)[9][kTileColumns], acc_t<scalar_t> (&)[9][kTileColumns]) const {}
+  using acc = acc_t<scalar_t>;
+  COTNET_DEVICE void finish(const WeightPlace&, acc (&)[9][kTileColumns], acc (&)[9][kTileColumns]) const {}
 };
 
 template <class scalar_t>
@@ -117,6 +118,7 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
   const int of_plane = line / at.rows, row = at.first_row + line - of_plane * at.rows;
   const int column = segment * kTileColumns < width - kTileColumns ? segment * kTileColumns : width - kTileColumns;
   const bool busy = of_plane < at.planes, first_column = column == 0, last_column = column == width - kTileColumns;
+  const int offset = (row - at.first_row) * width + column;  // within the computed rows
   acc sums[9][kTileColumns] = {};
   const int chunks = int(p.sharing() / kTileChannels);
   for (int chunk = 0; chunk < chunks; ++chunk, at.next_channels(p)) {
@@ -134,7 +136,7 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
     for (int j = 0; j < kTileChannels; ++j) {
       acc grads[kTileColumns];
       read_columns<kVector>(
-          g_tile + at.second_offset(tile, j, skipped) + of_plane * plane + (row - at.first_row) * width + column, grads);
+          g_tile + at.second_offset(tile, j, skipped) + of_plane * plane + offset, grads);
       COTNET_UNROLL
       for (int u = 0; u < 3; ++u) {
         const int source = row + u - 1;
@@ -159,7 +161,7 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
     if (Sink::kNeedsWeights) {
       COTNET_UNROLL
       for (int t = 0; t < 9; ++t)
-        read_columns<kVector>(w_tile + at.weight_offset(tile, t, of_plane, plane) + (row - at.first_row) * width + column, w[t]);
+        read_columns<kVector>(w_tile + at.weight_offset(tile, t, of_plane, plane) + offset, w[t]);
     }
     const WeightPlace place{at.image, at.weight_channel + of_plane, p.weight_channels, int64_t(row) * width + column, plane, 9};
     if constexpr (Sink::kSums) sink.add(place, w, sums, segment * kTileColumns - column, parts, thread, at.planes * at.rows * tile.segments);
@@ -176,7 +178,7 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
   if (busy) {
     COTNET_UNROLL
     for (int t = 0; t < 9; ++t)
-      write_columns<kVector>(x_tile + at.weight_offset(tile, t, of_plane, plane) + (row - at.first_row) * width + column, sums[t]);
+      write_columns<kVector>(x_tile + at.weight_offset(tile, t, of_plane, plane) + offset, sums[t]);
   }
   sync_block();
   at.store_weights(p, tile, grad_w, x_tile, thread, threads);
