@@ -1,7 +1,7 @@
 """What each CUDA kernel may use, as the compiled library shows it. `cuda_gate.py` reads this table.
 
-A kernel is judged by the first row whose pattern is found in its demangled name, template arguments
-included. Every kernel needs a row, and every row a kernel.
+A kernel is judged by the first row whose pattern is found in its name, which reads
+`cotnet::a_kernel<float, 3> for sm_90`. Every kernel needs a row, and every row a kernel.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ def constant(name: str) -> int:
 
 TILE = constant("kTileThreads")
 ANY = registers_for(constant("kAnyThreads"), 1)
-TILE = registers_for(constant("kTileThreads"), 2)
 ROWS = registers_for(constant("kGateRowThreads"), 1)
 IMAGES = registers_for(constant("kGateImageBackwardThreads"), 1)
 SPLIT_ROWS = registers_for(constant("kGateSplitThreads"), 3)
@@ -66,14 +65,12 @@ BUDGETS: tuple[Budget, ...] = (
     Budget("aggregation_(forward|grad_input|grad_weight)_kernel", ANY, "a block must fit"),
     # Runs of a tile come and go in 16 bytes, but for their ends.
     Budget("aggregation_tile_kernel", registers_for(TILE, 2), "two blocks", **wide(12, 6)),
-    # Tiles: runs of 16 bytes; narrower accesses are for the ends of runs, and in the loops of them.
-    Budget("aggregation_tile_(grad_weight_)?kernel", TILE, "two blocks", **wide(2, 1)),
+    Budget("aggregation_tile_grad_weight_k.*Sums", registers_for(TILE, 2), "two", **wide(2, 0)),
+    Budget("aggregation_tile_grad_weight_kernel", registers_for(TILE, 2), "two", **wide(2, 1)),
     Budget("softmax_normaliser_kernel", registers_for(constant("kAnyThreads"), 3), "three blocks"),
     Budget("group_norm_statistics_kernel", registers_for(NORM, 3), "three blocks: reads w alone"),
     Budget("group_norm_sums_kernel", registers_for(NORM, 1), "a block must fit"),
-    Budget(
-        "group_norm_(means|merge|parameters|strips)_kernel", registers_for(NORM, 2), "little to do"
-    ),
+    Budget("group_norm_(means|merge|parameters|strips)_k", registers_for(NORM, 2), "little to do"),
     # Vectors of 16 bytes, several under way; narrower accesses are for the ends of unaligned maps.
     Budget("context_fusion_planes_kernel", registers_for(FUSION, 3), "three blocks", **wide(6, 4)),
     Budget("context_fusion_images_kernel", registers_for(FUSION, 2), "two blocks", **wide(6, 4)),

@@ -51,18 +51,20 @@ class Kernel:
 def judge(kernels: Iterable[Kernel], budgets: Iterable[Budget] = BUDGETS) -> list[str]:
     """One line for everything that breaks a budget; empty when all is well."""
     kernels, budgets = list(kernels), list(budgets)
-    rows = {kernel.name: _row(kernel.name, budgets) for kernel in kernels}
-    complaints = [f"{name}: no row in cuda_budgets.py" for name, row in rows.items() if not row]
+    complaints, used = [], set()
     for kernel in kernels:
-        if rows[kernel.name]:
-            complaints += [f"{kernel}: {what}" for what in _faults(kernel, rows[kernel.name])]
-    used = {row.kernel for row in rows.values() if row}
+        row = _row(kernel, budgets)
+        if row is None:
+            complaints.append(f"{kernel}: no row in cuda_budgets.py")
+            continue
+        used.add(row.kernel)
+        complaints += [f"{kernel}: {what}" for what in _faults(kernel, row)]
     unused = [row.kernel for row in budgets if row.kernel not in used]
     return complaints + [f"{pattern}: row in cuda_budgets.py, no kernel" for pattern in unused]
 
 
-def _row(name: str, budgets: Iterable[Budget]) -> Budget | None:
-    return next((row for row in budgets if re.search(row.kernel, name)), None)
+def _row(kernel: Kernel, budgets: Iterable[Budget]) -> Budget | None:
+    return next((row for row in budgets if re.search(row.kernel, str(kernel))), None)
 
 
 def _faults(kernel: Kernel, budget: Budget) -> Iterator[str]:

@@ -57,13 +57,17 @@ def test_exceptions_are_stated_in_the_row():
 
 
 def test_every_kernel_needs_a_row_and_every_row_a_kernel():
-    assert judge([kernel("new_kernel")], []) == ["new_kernel: no row in cuda_budgets.py"]
+    found = judge([kernel("new_kernel")], [])
+    assert found == ["new_kernel for sm_90: no row in cuda_budgets.py"]
     assert judge([], [WIDE]) == ["a_kernel: row in cuda_budgets.py, no kernel"]
 
 
 def test_the_first_row_that_fits_decides():
     rows = [Budget("a_kernel<double", 200, ""), Budget("a_kernel", 64, "")]
     assert judge([kernel("a_kernel<double>", registers=150), kernel()], rows) == []
+    rows[0] = Budget("a_kernel.* sm_120$", 64, "", stack=8)
+    assert judge([kernel(stack=8, arch=120), kernel()], rows) == []
+    assert len(judge([kernel(stack=8, arch=120), kernel(stack=8)], rows)) == 1
 
 
 def test_registers_that_keep_blocks_resident():

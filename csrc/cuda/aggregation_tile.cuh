@@ -47,6 +47,34 @@ COTNET_DEVICE void transform(const NormWeights<scalar_t>& weights, const WeightP
   }
 }
 
+// The same for the mirrored sum: w[t][i] is of the position that tap t leads to column i from, a row and a column away.
+template <class Weights, class acc>
+COTNET_DEVICE void transform_mirrored(const Weights& weights, const WeightPlace& at, int /* row */, int /* column */,
+                                      int /* height */, int /* width */, acc (&w)[9][kTileColumns]) {
+  transform(weights, at, w);
+}
+
+template <class scalar_t>
+COTNET_DEVICE void transform_mirrored(const KnownSoftmaxWeights<scalar_t>& weights, const WeightPlace& at, int row, int column,
+                                      int height, int width, acc_t<scalar_t> (&w)[9][kTileColumns]) {
+  using acc = acc_t<scalar_t>;
+  const acc* const unit = weights.normalisers + 2 * at.unit() * at.plane;
+  COTNET_UNROLL
+  for (int u = 0; u < 3; ++u) {
+    COTNET_UNROLL
+    for (int c = -1; c <= kTileColumns; ++c) {
+      const int from_row = row + 1 - u, from_column = column + c;
+      const bool inside = from_row >= 0 && from_row < height && from_column >= 0 && from_column < width;
+      const Pack<acc, 2> known = load_vec_if<2>(unit + 2 * (int64_t(from_row) * width + from_column), inside);
+      COTNET_UNROLL
+      for (int v = 0; v < 3; ++v) {
+        const int i = c + v - 1;
+        if (i >= 0 && i < kTileColumns) w[u * 3 + v][i] = exponential(w[u * 3 + v][i] - known.at[0]) * known.at[1];
+      }
+    }
+  }
+}
+
 // ---- runs between global and shared memory. An element lies at the same place within 16 bytes on both sides.
 
 // Place of element `index` of an array within its 16 bytes, in elements.
@@ -183,7 +211,8 @@ struct TilePlace {
   // body(tap, elements, thread, threads) for each run of weights and the threads that share it: one run for all planes, or
   // one for each tap of a strip.
   template <class Body>
-  COTNET_DEVICE void each_weight_run(const AggregationProblem& p, const Tile& tile, int thread, int threads, const Body& body) const {
+  COTNET_DEVICE void each_weight_run(const AggregationProblem& p, const Tile& tile, int thread, int threads,
+                                     const Body& body) const {
     const int width = int(p.cols.out);
     if (tile.strips == 1) return body(0, 9 * planes * int(p.out_plane()), thread, threads);
     for (int t = thread / 32; t < 9; t += threads / 32) body(t, (kMirrored ? loaded : rows) * width, thread % 32, 32);
@@ -247,7 +276,9 @@ aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weigh
       if (right == 0) read_columns<kVector>(from, w[t]);
       else read_columns<1>(from + right, w[t]);
     }
-    transform(weights, {at.image, at.weight_channel + of_plane, p.weight_channels, int64_t(row) * width + column, plane, 9}, w);
+    const WeightPlace place{at.image, at.weight_channel + of_plane, p.weight_channels, int64_t(row) * width + column, plane, 9};
+    if constexpr (kMirrored) transform_mirrored(weights, place, row, column, height, width, w);
+    else transform(weights, place, w);
     if constexpr (kMirrored) {  // no weight comes from outside of the map
       COTNET_UNROLL
       for (int t = 0; t < 9; t += 3) {

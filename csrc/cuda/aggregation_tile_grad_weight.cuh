@@ -10,14 +10,15 @@ namespace cotnet {
 // From the gradient d of the weights that were summed with to that of the weights as they are stored. w: the stored ones.
 template <class scalar_t>
 struct PlainTileSink {
-  static constexpr bool kNeedsWeights = false;
-  COTNET_DEVICE void finish(const WeightPlace&, acc_t<scalar_t> (&)[9][kTileColumns], acc_t<scalar_t> (&)[9][kTileColumns]) const {}
+  static constexpr bool kNeedsWeights = false, kSums = false;
+  using acc = acc_t<scalar_t>;
+  COTNET_DEVICE void finish(const WeightPlace&, acc (&)[9][kTileColumns], acc (&)[9][kTileColumns]) const {}
 };
 
 template <class scalar_t>
 struct SoftmaxTileSink {
   using acc = acc_t<scalar_t>;
-  static constexpr bool kNeedsWeights = true;
+  static constexpr bool kNeedsWeights = true, kSums = false;
   SoftmaxWeights<scalar_t> weights;
 
   COTNET_DEVICE void finish(const WeightPlace& at, acc (&w)[9][kTileColumns], acc (&d)[9][kTileColumns]) const {
@@ -36,7 +37,7 @@ struct SoftmaxTileSink {
 template <class scalar_t>
 struct NormTileSink {
   using acc = acc_t<scalar_t>;
-  static constexpr bool kNeedsWeights = true;
+  static constexpr bool kNeedsWeights = true, kSums = false;
   NormWeights<scalar_t> weights;
   const double* means;  // [N, G*Cw, 2]: of gamma * d and of gamma * d * normalised weight, over the group
 
@@ -56,6 +57,44 @@ struct NormTileSink {
   }
 };
 
+// No gradient, but sums over the map of d and d * normalised weight, which NormTileSink needs the means of.
+template <class scalar_t>
+struct NormSumsSink {
+  using acc = acc_t<scalar_t>;
+  static constexpr bool kNeedsWeights = true, kSums = true;
+  NormWeights<scalar_t> weights;
+  double* sums;  // [strips, N*Cw, 9, 2]
+
+  // parts: [18, busy threads] in shared memory. A thread's four columns, of which the first `stale` are another thread's too.
+  COTNET_DEVICE void add(const WeightPlace& at, const acc (&w)[9][kTileColumns], const acc (&d)[9][kTileColumns], int stale,
+                         acc* parts, int thread, int busy) const {
+    const auto window = weights.open(at);
+    COTNET_UNROLL
+    for (int t = 0; t < 9; ++t) {
+      acc sum = 0, sum_normed = 0;
+      COTNET_UNROLL
+      for (int i = 0; i < kTileColumns; ++i) {
+        if (i < stale) continue;
+        sum += d[t][i];
+        sum_normed = fma(d[t][i], (w[t][i] - window.mean) * window.rstd, sum_normed);
+      }
+      parts[2 * t * busy + thread] = sum;
+      parts[(2 * t + 1) * busy + thread] = sum_normed;
+    }
+  }
+  // Eight threads sum each of the 18 numbers of a plane over its `items` threads, then over each other.
+  COTNET_DEVICE void reduce(int64_t first_unit, int planes, int items, const acc* parts, int thread, int threads) const {
+    for (int first = 0; first < 8 * 18 * planes; first += threads) {
+      const int part = (first + thread) % 8, number = (first + thread) / 8 % 18, of_plane = (first + thread) / (8 * 18);
+      double total = 0;
+      if (of_plane < planes)
+        for (int i = part; i < items; i += 8) total += double(parts[(number * planes + of_plane) * items + i]);
+      for (int distance = 4; distance > 0; distance /= 2) total += shuffle_xor(kAllLanes, total, distance);
+      if (part == 0 && of_plane < planes) store_vec(sums + (first_unit + of_plane) * 18 + number, Pack<double, 1>{{total}});
+    }
+  }
+};
+
 template <class scalar_t, class Sink, int kVector>
 COTNET_KERNEL(kTileThreads, 2)
 aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile, const Sink sink,
@@ -67,6 +106,7 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
   scalar_t* const x_tile = reinterpret_cast<scalar_t*>(memory) + 16 / sizeof(scalar_t);  // [kTileChannels, planes, rows, W]
   scalar_t* const g_tile = x_tile + kTileChannels * tile.x_stride;                       // [kTileChannels, planes, rows, W]
   scalar_t* const w_tile = g_tile + kTileChannels * tile.second_stride;                  // [planes, 9, rows, W]
+  [[maybe_unused]] acc* const parts = reinterpret_cast<acc*>(memory);  // [18, busy threads], smaller than the tile
   const int width = int(p.cols.out), height = int(p.rows.out), plane = height * width;
   const int threads = int(blockDim.x), thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
   TilePlace<scalar_t, false> at(p, tile);
@@ -78,6 +118,7 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
   const int of_plane = line / at.rows, row = at.first_row + line - of_plane * at.rows;
   const int column = segment * kTileColumns < width - kTileColumns ? segment * kTileColumns : width - kTileColumns;
   const bool busy = of_plane < at.planes, first_column = column == 0, last_column = column == width - kTileColumns;
+  const int offset = (row - at.first_row) * width + column;  // within the computed rows
   acc sums[9][kTileColumns] = {};
   const int chunks = int(p.sharing() / kTileChannels);
   for (int chunk = 0; chunk < chunks; ++chunk, at.next_channels(p)) {
@@ -95,7 +136,7 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
     for (int j = 0; j < kTileChannels; ++j) {
       acc grads[kTileColumns];
       read_columns<kVector>(
-          g_tile + at.second_offset(tile, j, skipped) + of_plane * plane + (row - at.first_row) * width + column, grads);
+          g_tile + at.second_offset(tile, j, skipped) + of_plane * plane + offset, grads);
       COTNET_UNROLL
       for (int u = 0; u < 3; ++u) {
         const int source = row + u - 1;
@@ -114,22 +155,30 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
       }
     }
   }
+  if (Sink::kSums) sync_block();  // what is summed over threads takes the place of x and grad_y
   if (busy) {
     acc w[9][kTileColumns];
     if (Sink::kNeedsWeights) {
       COTNET_UNROLL
       for (int t = 0; t < 9; ++t)
-        read_columns<kVector>(w_tile + at.weight_offset(tile, t, of_plane, plane) + (row - at.first_row) * width + column, w[t]);
+        read_columns<kVector>(w_tile + at.weight_offset(tile, t, of_plane, plane) + offset, w[t]);
     }
-    sink.finish({at.image, at.weight_channel + of_plane, p.weight_channels, int64_t(row) * width + column, plane, 9}, w, sums);
+    const WeightPlace place{at.image, at.weight_channel + of_plane, p.weight_channels, int64_t(row) * width + column, plane, 9};
+    if constexpr (Sink::kSums) sink.add(place, w, sums, segment * kTileColumns - column, parts, thread, at.planes * at.rows * tile.segments);
+    else sink.finish(place, w, sums);
   }
   sync_block();
+  if constexpr (Sink::kSums) {
+    const int64_t unit = (at.first_row / tile.rows * p.batch + at.image) * p.weight_channels + at.weight_channel;
+    sink.reduce(unit, at.planes, at.rows * tile.segments, parts, thread, threads);
+    return;
+  }
 
   // grad_w takes the place of x and grad_y in the tile, laid out as weights are.
   if (busy) {
     COTNET_UNROLL
     for (int t = 0; t < 9; ++t)
-      write_columns<kVector>(x_tile + at.weight_offset(tile, t, of_plane, plane) + (row - at.first_row) * width + column, sums[t]);
+      write_columns<kVector>(x_tile + at.weight_offset(tile, t, of_plane, plane) + offset, sums[t]);
   }
   sync_block();
   at.store_weights(p, tile, grad_w, x_tile, thread, threads);

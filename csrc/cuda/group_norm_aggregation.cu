@@ -95,7 +95,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_aggregation_backward_cuda(
   const Tensor grad_weight = output_mask[1] ? empty_grad_weight(input, p) : no_grad(input);
   const Tensor grad_gamma = output_mask[2] ? empty_vector(input, {parameters}, input.scalar_type()) : no_grad(input);
   const Tensor grad_beta = output_mask[3] ? empty_vector(input, {parameters}, input.scalar_type()) : no_grad(input);
-  const Tensor scratch = empty_vector(input, {group_norm_backward_scratch(p)}, ScalarType::Double);
+  const int element_bytes = input.scalar_type() == ScalarType::Double ? 8 : input.scalar_type() == ScalarType::Float ? 4 : 2;
+  const Tensor scratch =
+      empty_vector(input, {group_norm_backward_scratch(p, element_bytes, context.numbers)}, ScalarType::Double);
   dispatch_dtype(g, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const auto wanted = [&](int i, const Tensor& t) { return output_mask[i] ? mutable_data<scalar_t>(t) : nullptr; };

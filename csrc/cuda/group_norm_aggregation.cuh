@@ -152,6 +152,36 @@ group_norm_parameters_kernel(int64_t batch, int64_t parameters, const double* su
   if (grad_gamma) store_narrow(grad_gamma + i, acc_t<scalar_t>(sum_normed));
 }
 
+// A thread owns one number: sums over strips of the map in order.
+template <class acc>
+COTNET_KERNEL(kNormThreads, 1)
+group_norm_strips_kernel(int64_t numbers, int strips, const double* parts /* [strips, numbers] */, double* sums /* [numbers] */) {
+  const int64_t i = int64_t(blockIdx.x) * kNormThreads + threadIdx.x;
+  if (i >= numbers) return;
+  double sum = 0;
+  for (int strip = 0; strip < strips; ++strip) sum += load_vec<1>(parts + strip * numbers + i).at[0];
+  store_vec(sums + i, Pack<double, 1>{{sum}});
+}
+
+// Sums of d and d * xhat for each tap of each group, [N, G*Cw, K, 2], from tiles where there are such.
+template <class scalar_t>
+void launch_group_norm_sums(const AggregationProblem& p, const NormWeights<scalar_t>& weights, const scalar_t* grad_y,
+                            const scalar_t* x, double* sums, double* parts, const DeviceNumbers& numbers, Stream stream) {
+  const int64_t units = p.batch * p.heads * p.weight_channels;
+  Launch launch;
+  launch.threads = kNormThreads;
+  const int strips = group_norm_strips(p, sizeof(scalar_t), numbers);
+  const NormSumsSink<scalar_t> sink{weights, strips > 1 ? parts : sums};
+  scalar_t* const nothing = nullptr;
+  if (!try_aggregation_tile_grad_weight(p, sink, weights.raw.w, grad_y, x, nothing, numbers, stream)) {
+    launch.grid_x = unsigned(units * p.taps());
+    launch_kernel(group_norm_sums_kernel<scalar_t>, launch, stream, p, weights, grad_y, x, sums);
+  } else if (strips > 1) {
+    launch.grid_x = blocks_for(units * 18, kNormThreads);
+    launch_kernel(group_norm_strips_kernel<acc_t<scalar_t>>, launch, stream, units * 18, strips, parts, sums);
+  }
+}
+
 template <class scalar_t>
 struct NormSink {
   using acc = acc_t<scalar_t>;
@@ -172,7 +202,7 @@ struct NormSink {
   }
 };
 
-// Any gradient may be null. scratch: group_norm_backward_scratch(p) doubles.
+// Any gradient may be null. scratch: group_norm_backward_scratch doubles.
 template <class scalar_t>
 void group_norm_aggregation_backward(const AggregationProblem& p, const GroupNormOperands<scalar_t>& a, const scalar_t* grad_y,
                                      scalar_t* grad_x, scalar_t* grad_w, scalar_t* grad_gamma, scalar_t* grad_beta,
@@ -185,8 +215,7 @@ void group_norm_aggregation_backward(const AggregationProblem& p, const GroupNor
   double* const means = scratch + 2 * units * p.taps();
   Launch launch;
   launch.threads = kNormThreads;
-  launch.grid_x = unsigned(units * p.taps());
-  launch_kernel(group_norm_sums_kernel<scalar_t>, launch, stream, p, weights, grad_y, a.x, scratch);
+  launch_group_norm_sums(p, weights, grad_y, a.x, scratch, means + 2 * units, numbers, stream);
   if (grad_gamma || grad_beta) {
     launch.grid_x = blocks_for(parameters, kNormThreads);
     launch_kernel(group_norm_parameters_kernel<scalar_t>, launch, stream, p.batch, parameters, scratch, grad_gamma, grad_beta);

@@ -5,6 +5,7 @@
 
 #include "core/problem.h"
 #include "core/window.h"
+#include "cuda/aggregation_tile_launch.h"
 #include "cuda/launch.h"
 
 namespace cotnet {
@@ -27,13 +28,20 @@ inline NormParts choose_group_norm_statistics(const AggregationProblem& p, const
   return {ceil_div(size, elements), elements};
 }
 
+// Strips of a map whose sums different blocks of the backward take, 1 where a block has whole maps or there are no tiles.
+inline int group_norm_strips(const AggregationProblem& p, int element_bytes, const DeviceNumbers& numbers) {
+  const Tile tile = choose_aggregation_tile(p, element_bytes, true, {true, false, true}, numbers);
+  return tile.possible() ? tile.strips : 1;
+}
+
 // Doubles of scratch memory. Forward: mean and sum of squared distances of each part. Backward: two sums for each tap of
-// each group, then two for each group.
+// each group, two for each group, and the sums of strips before they are summed.
 inline int64_t group_norm_forward_scratch(const AggregationProblem& p, const NormParts& parts) {
   return 2 * p.batch * p.heads * p.weight_channels * parts.count;
 }
-inline int64_t group_norm_backward_scratch(const AggregationProblem& p) {
-  return 2 * p.batch * p.heads * p.weight_channels * (p.taps() + 1);
+inline int64_t group_norm_backward_scratch(const AggregationProblem& p, int element_bytes, const DeviceNumbers& numbers) {
+  const int strips = group_norm_strips(p, element_bytes, numbers);
+  return 2 * p.batch * p.heads * p.weight_channels * (p.taps() * (strips > 1 ? 1 + strips : 1) + 1);
 }
 
 }  // namespace cotnet

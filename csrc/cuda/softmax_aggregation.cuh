@@ -63,7 +63,8 @@ void softmax_aggregation_backward(const AggregationProblem& p, const scalar_t* g
   if (!grad_x && (!grad_logits || done)) return;
   launch_kernel(softmax_normaliser_kernel<scalar_t>, cover(softmax_scratch(p) / 2), stream, p, SoftmaxWeights<scalar_t>{plain},
                 scratch);
-  if (grad_x) launch_aggregation_grad_input(p, known, grad_y, grad_x, stream);
+  if (grad_x && !try_aggregation_tile<true>(p, known, logits, grad_y, grad_x, numbers, stream))
+    launch_aggregation_grad_input(p, known, grad_y, grad_x, stream);
   if (grad_logits && !done)
     launch_aggregation_grad_weight(p, SoftmaxSink<scalar_t>{known, {grad_logits, plain.strides}}, grad_y, x, stream);
 }

@@ -30,7 +30,7 @@ COTNET_BINDINGS(m) {
             using scalar_t = typename decltype(tag)::type;
             using acc = acc_t<scalar_t>;
             const auto p = aggregation_problem(problem);
-            std::vector<double> scratch(size_t(group_norm_backward_scratch(p)), NAN);
+            std::vector<double> scratch(size_t(group_norm_backward_scratch(p, sizeof(scalar_t), device_numbers(device))), NAN);
             group_norm_aggregation_backward<scalar_t>(
                 p, {in<scalar_t>(x), in<scalar_t>(w), in<scalar_t>(gamma), in<scalar_t>(beta), out<acc>(mean), out<acc>(rstd)},
                 in<scalar_t>(grad_y), out<scalar_t>(grad_x), out<scalar_t>(grad_w), out<scalar_t>(grad_gamma),
