@@ -105,10 +105,12 @@ template <class scalar_t>
 COTNET_DEVICE void load_run(scalar_t* to, const scalar_t* array, int64_t begin, int elements, int thread, int threads) {
   const Run<scalar_t> run(begin, elements);
   const scalar_t* const from = array + begin;
+  COTNET_UNROLL_BY(2)  // copies do not wait for each other: more would only take registers
   for (int i = thread; i < run.chunks; i += threads) {
     const int element = run.head + i * run.kChunk;
     cp_async_16(to + element, from + element);
   }
+  COTNET_UNROLL_BY(1)
   for (int i = thread; i < run.head + run.tail; i += threads) to[run.loose(i)] = load_vec<1>(from + run.loose(i)).at[0];
 }
 

@@ -132,7 +132,7 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
     cp_async_wait<0>();
     sync_block();
     if (!busy) continue;
-    COTNET_UNROLL
+    COTNET_UNROLL_BY(4)  // all eight at once need more registers for addresses than there are
     for (int j = 0; j < kTileChannels; ++j) {
       acc grads[kTileColumns];
       read_columns<kVector>(
