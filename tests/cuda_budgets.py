@@ -65,8 +65,6 @@ BUDGETS: tuple[Budget, ...] = (
     Budget("aggregation_(forward|grad_input|grad_weight)_kernel", ANY, "a block must fit"),
     # Runs of a tile come and go in 16 bytes, but for their ends.
     Budget("aggregation_tile_kernel", registers_for(TILE, 2), "two blocks", **wide(6, 4)),
-    # On sm_120 the compiler wants up to four registers more than two blocks leave, once a thread.
-    Budget("aggregation_tile_grad.*(Plain|Softmax)TileSink.* sm_120$", 128, "two", stack=16),
     Budget("aggregation_tile_grad_weight_k.*Sums", registers_for(TILE, 2), "two", **wide(2, 0)),
     Budget("aggregation_tile_grad_weight_kernel", registers_for(TILE, 2), "two", **wide(2, 1)),
     Budget("softmax_normaliser_kernel", registers_for(constant("kAnyThreads"), 3), "three blocks"),
