@@ -1,114 +1,31 @@
-"""Each layer against its reference: values, gradients, buffers, hooks, replaced parts, tools."""
+"""Each layer against its reference: values, gradients, buffers, tools, errors."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 
 import pytest
 import torch
 from cases import dtype_id, randn
+from layers import (
+    LAYERS,
+    assert_equal,
+    assert_no_worse,
+    both_layouts,
+    both_modes,
+    build,
+    every_kind,
+    every_layer,
+    make_input,
+    run,
+    smooth,
+)
 from layouts import assert_keeps_format
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cotnet_ext import modules, reference
-
-# In narrow dtypes a result may be this many times as far from the truth as the reference is.
-FACTOR = 4.0
-
-# name: class, constructor arguments, shape of the input.
-LAYERS = {
-    "attention": ("CoTAttention", (16, 3), (3, 16, 7, 6)),
-    "attention_k5": ("CoTAttention", (8, 5), (2, 8, 9, 10)),
-    "attention_k1": ("CoTAttention", (8, 1), (4, 8, 5, 5)),
-    "attention_wide_and_small": ("CoTAttention", (128, 3), (6, 128, 4, 5)),
-    "cot": ("CotLayer", (16, 3), (6, 16, 7, 6)),
-    "cot_k5": ("CotLayer", (24, 5), (5, 24, 8, 9)),
-    "cot_k1": ("CotLayer", (8, 1), (6, 8, 5, 5)),
-    "cot_wide_and_small": ("CotLayer", (128, 3), (6, 128, 4, 5)),
-    "coxt": ("CoXtLayer", (32, 3), (6, 32, 7, 6)),
-    "coxt_k5": ("CoXtLayer", (16, 5), (5, 16, 8, 9)),
-    "coxt_wide_and_small": ("CoXtLayer", (128, 3), (6, 128, 4, 5)),
-}
-# One of each, for what does not depend on sizes.
-KINDS = ("attention", "cot", "coxt")
-
-every_layer = pytest.mark.parametrize("name", LAYERS)
-every_kind = pytest.mark.parametrize("name", KINDS)
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-both_layouts = pytest.mark.parametrize(
-    "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"]
-)
-
-
-def build(package, name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A layer of `modules` or `reference` whose norms are not at their trivial start."""
-    kind, arguments, _ = LAYERS[name]
-    torch.manual_seed(0)
-    layer = getattr(package, kind)(*arguments)
-    for key, t in [*layer.named_parameters(), *layer.named_buffers()]:
-        if t.is_floating_point() and t.dim() == 1:
-            values = randn(*t.shape, key=(name, key)) / 2
-            t.data.copy_(values.square() + 0.5 if "var" in key else values + ("weight" in key))
-    return layer.to(dtype)
-
-
-def smooth(layer: nn.Module) -> nn.Module:
-    """The layer without kinks, at which a rounding may turn a gradient on or off."""
-    for path, module in list(layer.named_modules()):
-        if isinstance(module, nn.ReLU):
-            layer.set_submodule(path, nn.SiLU())
-    return layer
-
-
-def make_input(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
-    return randn(*LAYERS[name][2], dtype=dtype, key=(name, "input"))
-
-
-def run(layer: nn.Module, x: Tensor, layout=torch.contiguous_format) -> dict[str, Tensor]:
-    """Output, gradients of the input and of all parameters, and buffers after one pass."""
-    leaf = x.detach().clone(memory_format=layout).requires_grad_()
-    layer.zero_grad()
-    y = layer(leaf)
-    y.backward(randn(*y.shape, dtype=y.dtype, key="grad"))
-    results = {"output": y.detach(), "input": leaf.grad}
-    results |= {key: p.grad for key, p in layer.named_parameters()}
-    return results | {key: b.clone() for key, b in layer.named_buffers()}
-
-
-def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal up to float64 rounding, name by name."""
-    assert list(actual) == list(expected)
-    for key, value in expected.items():
-        assert actual[key].dtype == value.dtype, key
-        torch.testing.assert_close(
-            actual[key], value, rtol=1e-9, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}"
-        )
-
-
-def assert_no_worse(
-    actual: dict[str, Tensor], truth: dict[str, Tensor], same: dict[str, Tensor]
-) -> None:
-    """Not much further from the float64 truth than the reference in the same dtype is.
-
-    The distance is that of whole tensors; single elements are compared in float64.
-    """
-    assert list(actual) == list(truth)
-    for key, value in actual.items():
-        assert value.dtype == same[key].dtype, key
-        if not value.is_floating_point():
-            assert torch.equal(value, truth[key]), key
-            continue
-        error, reference_error = (
-            torch.linalg.vector_norm(t.double() - truth[key]) for t in (value, same[key])
-        )
-        rounding = torch.finfo(value.dtype).eps * torch.linalg.vector_norm(truth[key])
-        limit = FACTOR * reference_error + rounding
-        assert error <= limit, f"{key}: off by {error:.3g}, the reference by {reference_error:.3g}"
-
 
 # --- the same layer ------------------------------------------------------------------------------
 
@@ -342,226 +259,6 @@ def test_the_fused_norm_runs(kind, layout):
     names = recorded(layer, x).names
     assert "cotnet_ext::group_norm_aggregation" in names
     assert not names & {"aten::native_group_norm", "aten::im2col"}
-
-
-# --- replaced and watched submodules -------------------------------------------------------------
-
-
-class Doubled(nn.BatchNorm2d):
-    """A subclass that is not what its base class is."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(2 * input) + 1
-
-
-def _swap(path: str, make: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], None]:
-    def change(layer: nn.Module) -> None:
-        torch.manual_seed(5)
-        layer.set_submodule(path, make(layer.get_submodule(path)).double())
-
-    return change
-
-
-def _group_norm(norm: nn.Module) -> nn.Module:
-    channels = getattr(norm, "num_features", None) or norm.num_channels
-    return nn.GroupNorm(2, channels)
-
-
-def _all_norms(make: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], None]:
-    def change(layer: nn.Module) -> None:
-        for path, norm in list(layer.named_modules()):
-            if type(norm) is nn.BatchNorm2d:
-                _swap(path, make)(layer)
-
-    return change
-
-
-def _hooked(path: str) -> Callable[[nn.Module], None]:
-    """A hook that changes what the submodule returns."""
-    return lambda layer: layer.get_submodule(path).register_forward_hook(lambda *a: 2 * a[2])
-
-
-def _pre_hooked(path: str) -> Callable[[nn.Module], None]:
-    return lambda layer: layer.get_submodule(path).register_forward_pre_hook(
-        lambda module, args: tuple(a / 2 for a in args)
-    )
-
-
-def _patched(path: str) -> Callable[[nn.Module], None]:
-    """Another forward on the instance, as offloading tools do."""
-
-    def change(layer: nn.Module) -> None:
-        module = layer.get_submodule(path)
-        original = module.forward
-        module.forward = lambda *args: 2 * original(*args)
-
-    return change
-
-
-def _weight_norm(path: str) -> Callable[[nn.Module], None]:
-    def change(layer: nn.Module) -> None:
-        parametrizations.weight_norm(layer.get_submodule(path))
-        layer.get_submodule(path).parametrizations.weight.original0.data.mul_(1.5)
-
-    return change
-
-
-def _pruned(path: str) -> Callable[[nn.Module], None]:
-    return lambda layer: prune.l1_unstructured(layer.get_submodule(path), "weight", 0.5)
-
-
-def _wider(conv: nn.Module) -> nn.Module:
-    """A convolution that looks at the neighbours as well."""
-    return nn.Conv2d(
-        conv.in_channels, conv.out_channels, 3, padding=1, groups=conv.groups, bias=False
-    )
-
-
-def _biased(conv: nn.Module) -> nn.Module:
-    return nn.Conv2d(conv.in_channels, conv.out_channels, 1, groups=conv.groups, bias=True)
-
-
-def _regrouped(conv: nn.Module) -> nn.Module:
-    groups = 2 if conv.groups == 1 else 1
-    return nn.Conv2d(conv.in_channels, conv.out_channels, 1, groups=groups, bias=False)
-
-
-def _sequence_with_more(sequence: nn.Module) -> nn.Module:
-    return nn.Sequential(*sequence, nn.Tanh())
-
-
-def _group_norm_with(**options) -> Callable[[nn.Module], nn.Module]:
-    return lambda norm: nn.GroupNorm(norm.num_groups, norm.num_channels, **options)
-
-
-EVERYWHERE = {
-    "norms become GroupNorm": _all_norms(_group_norm),
-    "norms become Identity": _all_norms(lambda norm: nn.Identity()),
-    "norms become a subclass": _all_norms(lambda norm: Doubled(norm.num_features)),
-    "norms without running statistics": _all_norms(
-        lambda norm: nn.BatchNorm2d(norm.num_features, track_running_stats=False)
-    ),
-    "norms without parameters": _all_norms(
-        lambda norm: nn.BatchNorm2d(norm.num_features, affine=False)
-    ),
-}
-IN_ATTENTION = {
-    "first becomes 3x3": _swap("attention_embed.0", _wider),
-    "first has a bias": _swap("attention_embed.0", _biased),
-    "first is regrouped": _swap("attention_embed.0", _regrouped),
-    "first is hooked": _hooked("attention_embed.0"),
-    "first is pruned": _pruned("attention_embed.0"),
-    "last becomes 3x3": _swap("attention_embed.3", _wider),
-    "last is hooked": _hooked("attention_embed.3"),
-    "last is regrouped": _swap("attention_embed.3", _regrouped),
-    "last has a weight norm": _weight_norm("attention_embed.3"),
-    "last is patched": _patched("attention_embed.3"),
-    "embedding is hooked": _hooked("attention_embed"),
-    "embedding is longer": _swap("attention_embed", _sequence_with_more),
-    "value is hooked": _hooked("value_embed"),
-}
-IN_LAYERS = {
-    "first becomes 3x3": _swap("embed.0", _wider),
-    "first has a bias": _swap("embed.0", _biased),
-    "first is regrouped": _swap("embed.0", _regrouped),
-    "first is hooked": _hooked("embed.0"),
-    "first is pre-hooked": _pre_hooked("embed.0"),
-    "first has a weight norm": _weight_norm("embed.0"),
-    "first is patched": _patched("embed.0"),
-    "second becomes 3x3": _swap("embed.3", _wider),
-    "second is regrouped": _swap("embed.3", _regrouped),
-    "value is regrouped": _swap("conv1x1.0", _regrouped),
-    "value is hooked": _hooked("conv1x1.0"),
-    "group norm becomes Identity": _swap("embed.4", lambda norm: nn.Identity()),
-    "group norm has one group": _swap("embed.4", lambda norm: nn.GroupNorm(1, norm.num_channels)),
-    "group norm has a large eps": _swap("embed.4", _group_norm_with(eps=0.3)),
-    "group norm has no parameters": _swap("embed.4", _group_norm_with(affine=False)),
-    "group norm is hooked": _hooked("embed.4"),
-    "group norm is patched": _patched("embed.4"),
-    "embedding is hooked": _hooked("embed"),
-    "embedding is longer": _swap("embed", _sequence_with_more),
-    "aggregation is hooked": _hooked("local_conv"),
-    "aggregation is pre-hooked": _pre_hooked("local_conv"),
-    "aggregation reflects": lambda layer: setattr(layer.local_conv, "pad_mode", 1),
-    "aggregation is dilated": lambda layer: (
-        setattr(layer.local_conv, "dilation", 2),
-        setattr(layer.local_conv, "padding", 2),
-    ),
-    "activation becomes Tanh": _swap("act", lambda act: nn.Tanh()),
-}
-CHANGES = [
-    pytest.param(name, change, id=f"{name}-{text}")
-    for name, changes in (
-        ("attention", EVERYWHERE | IN_ATTENTION),
-        ("cot", EVERYWHERE | IN_LAYERS),
-        ("coxt", EVERYWHERE | IN_LAYERS),
-    )
-    for text, change in changes.items()
-]
-
-
-@pytest.mark.parametrize(("name", "change"), CHANGES)
-def test_changed_submodules_are_respected(name, change):
-    x = make_input(name)
-    ours, theirs = (build(package, name) for package in (modules, reference))
-    untouched = run(theirs, x)["output"]
-    theirs = build(reference, name)
-    change(ours)
-    change(theirs)
-    expected = run(theirs, x)
-    assert not torch.allclose(expected["output"], untouched), "the change has no effect"
-    assert_equal(run(ours, x), expected)
-    assert_equal(run(ours.eval(), x), run(theirs.eval(), x))
-
-
-@every_kind
-def test_hooks_on_every_submodule(name):
-    seen = []
-    for package in (modules, reference):
-        layer = build(package, name).eval()
-        calls = {}
-        for path, module in layer.named_modules():
-            module.register_forward_hook(
-                lambda module, args, result, path=path, calls=calls: calls.setdefault(
-                    path, []
-                ).append(result.detach().clone())
-            )
-        layer(make_input(name))
-        seen.append(calls)
-    ours, theirs = seen
-    assert set(ours) == set(theirs)
-    for path, results in theirs.items():
-        assert len(ours[path]) == len(results) == 1, path
-        torch.testing.assert_close(ours[path][0], results[0], msg=path)
-
-
-@every_kind
-def test_global_hooks_see_every_submodule(name):
-    layer = build(modules, name)
-    seen = set()
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
-    try:
-        layer(make_input(name))
-    finally:
-        handle.remove()
-    assert seen == set(layer.modules())
-
-
-@every_kind
-def test_sync_batch_norm_in_evaluation(name):
-    ours = nn.SyncBatchNorm.convert_sync_batchnorm(build(modules, name)).eval()
-    x = make_input(name)
-    torch.testing.assert_close(ours(x), build(reference, name).eval()(x))
-
-
-@pytest.mark.parametrize("name", ["cot", "coxt"])
-def test_norms_left_in_float32(name):
-    x = make_input(name, torch.bfloat16)
-    layers = [build(package, name, torch.bfloat16).eval() for package in (modules, reference)]
-    for layer in layers:
-        layer.embed[4].float()
-    ours, theirs = (layer(x) for layer in layers)
-    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
 
 
 # --- tools ---------------------------------------------------------------------------------------
