@@ -68,6 +68,11 @@ def _is_plain_pointwise(module: nn.Module, groups: int | None = None) -> bool:
     )
 
 
+def _autocast_enabled(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
 def _is_foldable(norm: nn.Module, weight: Tensor) -> bool:
     """Whether `norm` may be folded into the convolution with `weight` before it.
 
@@ -82,7 +87,7 @@ def _is_foldable(norm: nn.Module, weight: Tensor) -> bool:
         and norm.running_mean is not None
         and weight.dtype == norm.running_mean.dtype
         and weight.dtype in (torch.float32, torch.float64)
-        and not torch.is_autocast_enabled(weight.device.type)
+        and not _autocast_enabled(weight)
     )
 
 
@@ -174,7 +179,11 @@ def _product_per_image(
         weight = weight.unflatten(0, (groups, -1)).expand(n, -1, -1, -1).flatten(0, 1)
         total = weight.bmm(pixels) if total is None else torch.baddbmm(total, weight, pixels)
     total = total.view(n, weights[0].shape[0], h, w)
-    return total if recorded or bias is None else total.add_(bias.view(-1, 1, 1))
+    if recorded or bias is None:
+        return total
+    # Under vmap the bias may be a batch where the product is none, and then does not fit into it.
+    add = torch.Tensor.add if torch._C._are_functorch_transforms_active() else torch.Tensor.add_
+    return add(total, bias.view(-1, 1, 1))
 
 
 def _join(
@@ -231,6 +240,8 @@ class LocalConvolution(nn.Module):
         pad_mode: int = 0,
     ) -> None:
         super().__init__()
+        if not isinstance(pad_mode, int) or isinstance(pad_mode, bool):
+            raise TypeError(f"pad_mode must be 0 (zeros) or 1 (reflect), got {pad_mode!r}")
         if pad_mode not in (0, 1):
             raise ValueError(f"pad_mode must be 0 (zeros) or 1 (reflect), got {pad_mode!r}")
         self.in_channels = in_channels
@@ -414,7 +425,7 @@ class _ContextualLayer(nn.Module):
             and (
                 norm.weight is None
                 or norm.weight.dtype == weight.dtype
-                or torch.is_autocast_enabled(weight.device.type)
+                or _autocast_enabled(weight)
             )
         )
 

@@ -138,6 +138,8 @@ _ROWS: dict[str, tuple] = {
     "k3x5": (2, 12, 1, 4, (3, 5), 1, (1, 2), 1, "zeros", 8, 10),
     "k1x7": (2, 12, 1, 3, (1, 7), 1, (0, 3), 1, "zeros", 5, 20),
     "k7x1": (2, 6, 1, 3, (7, 1), 1, (3, 0), 1, "zeros", 9, 6),
+    "narrow_k7_heads2": (1, 32, 2, 1, 7, 1, 3, 1, "zeros", 14, 14),
+    "narrow_k7_dilation2": (1, 6, 1, 1, 7, 1, 6, 2, "zeros", 97, 7),
     # Strides.
     "stride2": (2, 16, 1, 8, 3, 2, 1, 1, "zeros", 15, 14),
     "stride3": (2, 8, 1, 2, 3, 3, 1, 1, "zeros", 16, 17),
@@ -175,6 +177,8 @@ _ROWS: dict[str, tuple] = {
     "reflect_stride2_dilation2": (2, 8, 1, 4, 3, 2, 2, 2, "reflect", 11, 10),
     "reflect_1x7": (2, 6, 1, 3, (1, 7), 1, (0, 3), 1, "reflect", 3, 12),
     "reflect_heads2_k4": (1, 6, 2, 3, 4, 1, 2, 1, "reflect", 6, 7),
+    "reflect_1x1": (1, 4, 1, 2, 1, 1, 1, 1, "reflect", 5, 5),
+    "reflect_3x1": (2, 4, 1, 2, (3, 1), 1, 1, 1, "reflect", 6, 5),
     "reflect_grows": (1, 4, 1, 4, 3, 1, 3, 1, "reflect", 5, 6),
     # Empty batches.
     "empty_batch": (0, 8, 1, 4, 3, 1, 1, 1, "zeros", 7, 7),

@@ -189,6 +189,25 @@ def test_vmap_over_an_ensemble(name):
     torch.testing.assert_close(together, torch.stack([layer(x) for layer in layers]))
 
 
+@pytest.mark.parametrize("recording", [True, False], ids=["recording", "no_grad"])
+@pytest.mark.parametrize("suffix", ["bias", "running_mean"])
+@every_kind
+def test_vmap_over_one_tensor(name, suffix, recording):
+    layer, x = build(modules, name).eval(), make_input(name)
+    state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    keys = [key for key in state if key.endswith(suffix)]
+    assert keys
+    with torch.set_grad_enabled(recording):
+        for key in keys:
+            several = torch.stack([state[key] + i / 10 for i in range(3)])
+
+            def call(tensor, key=key):
+                return torch.func.functional_call(layer, {key: tensor}, (x,))
+
+            together = torch.func.vmap(call)(several)
+            torch.testing.assert_close(together, torch.stack([call(one) for one in several]))
+
+
 @every_kind
 def test_gradients_of_a_frozen_part(name):
     ours, theirs = (build(package, name) for package in (modules, reference))
@@ -311,7 +330,10 @@ def test_to_another_dtype_and_meta(name):
     layer = build(modules, name).eval()
     assert layer.float()(make_input(name, torch.float32)).dtype == torch.float32
     shape = LAYERS[name][2]
-    assert layer.to("meta")(torch.empty(shape, device="meta")).shape == shape
+    layer, x = layer.to("meta"), torch.empty(shape, device="meta")
+    assert layer(x).shape == shape
+    with torch.no_grad():
+        assert layer(x).shape == shape
 
 
 def test_repr():
@@ -343,6 +365,8 @@ def test_local_convolution(pad_mode):
     ("error", "message", "make"),
     [
         (ValueError, "pad_mode must be 0", lambda: modules.LocalConvolution(8, 8, 3, pad_mode=2)),
+        (TypeError, "pad_mode must be 0", lambda: modules.LocalConvolution(8, 8, 3, pad_mode="")),
+        (TypeError, "pad_mode must be 0", lambda: modules.LocalConvolution(8, 8, 3, pad_mode=True)),
         (
             ValueError,
             "dim must be a positive multiple of 4, got 6",

@@ -14,7 +14,9 @@ from checks import check_values
 from oracle import FUNCTIONS
 from tolerances import DTYPES
 
-MORE = tuple(CASES[name] for name in ("stage1_64x56x56", "map_1x1", "row_1x19", "k4_even"))
+NAMES = ("stage1_64x56x56", "map_1x1", "row_1x19", "k4_even")
+NAMES += ("narrow_k7_heads2", "narrow_k7_dilation2", "reflect_3x1")
+MORE = tuple(CASES[name] for name in NAMES)
 
 
 def main() -> None:

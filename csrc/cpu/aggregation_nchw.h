@@ -368,7 +368,7 @@ class NchwTiles {
       const scalar_t* const plane = grad_y + plane_of(n, g, m) * p_.out_plane();
       acc* const to = grads + g * sharing * spread_channel();
       if (s.blockwise)
-        stage_copies(plane, plane_stride, sharing, block_of(p_.rows.out, p_.cols.out, z_begin, z_count), p_.cols.padding,
+        stage_copies(plane, plane_stride, sharing, block_of(p_.rows.out, p_.cols.out, z_begin, z_count), spread_.cols.padding,
                      -p_.cols.dilation, along_taps_.get(), to, stride, spread_channel());
       else
         for (int64_t j = 0; j < sharing; ++j)

@@ -85,10 +85,11 @@ Staging spread_staging(const AggregationProblem& p) {
 inline int64_t staged_rows(const AggregationProblem& p, const Staging& s, int64_t tile_rows) {
   return (tile_rows - 1) * s.row_step + p.rows.extent() + 1;
 }
-// From one copy of a plane to the next: copies of blocks have a gap before them, for the vectors stored to their left.
+// From one copy of a plane to the next. Copies of blocks have a gap between them: the vector stored at the start of one
+// reaches up to its shift to the left, and the last vector of the one before up to a shift and a vector to the right.
 template <class acc>
 int64_t copy_stride(const Staging& s, int64_t rows) {
-  return rows * s.pitch + (s.blockwise ? kLanes<acc> : 0);
+  return rows * s.pitch + (s.blockwise ? 3 * kLanes<acc> : 0);
 }
 template <class acc>
 void gather_offsets(const AggregationProblem& p, const Staging& s, int64_t rows, int64_t* offsets) {
