@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 OWN_LOSS, ROUNDINGS = 4, 2  # allowed: 4 times the loss of the reference, plus 2 roundings
-SMALL = 1e-2  # of the largest tensor of a result: a smaller one is measured as if it were this
+SMALL = 1e-3  # of the largest tensor of a result: a smaller one is measured as if it were this
 
 
 @dataclass(frozen=True)
