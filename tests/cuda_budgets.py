@@ -64,7 +64,7 @@ BUDGETS: tuple[Budget, ...] = (
     # Any shape: a value at a time, and as many registers as a block can have. Nothing is spilled.
     Budget("aggregation_(forward|grad_input|grad_weight)_kernel", ANY, "a block must fit"),
     # Runs of a tile come and go in 16 bytes, but for their ends.
-    Budget("aggregation_tile_kernel", registers_for(TILE, 2), "two blocks", **wide(6, 4)),
+    Budget("aggregation_tile_kernel", registers_for(TILE, 2), "two blocks", **wide(6, 3)),
     Budget("aggregation_tile_grad_weight_k.*Sums", registers_for(TILE, 2), "two", **wide(2, 0)),
     Budget("aggregation_tile_grad_weight_kernel", registers_for(TILE, 2), "two", **wide(2, 1)),
     Budget("softmax_normaliser_kernel", registers_for(constant("kAnyThreads"), 3), "three blocks"),

@@ -83,7 +83,7 @@ def test_problems_reach_cpp_as_they_are():
     )  # fmt: skip
 
 
-# ---- tiles: 3 x 3 taps, stride 1, contiguous maps, 8 channels for each weight -------------------
+# ---- tiles: 3 x 3 taps, stride 1, contiguous maps, 2, 4, ... channels for each weight ------------
 
 
 def tiled(name: str, batch: int, weight_channels: int, sharing: int, height: int, width: int):
@@ -96,7 +96,8 @@ def tiled(name: str, batch: int, weight_channels: int, sharing: int, height: int
 
 
 # Rows of every remainder by four; several planes in a block, the last block with fewer; planes that
-# are no multiple of 16 bytes; strips with and without a remainder; 16 channels for each weight.
+# are no multiple of 16 bytes; strips with and without a remainder; 16 channels for each weight, and
+# numbers of them that eight does not divide.
 TILES = (
     tiled("tile_7x7", 2, 11, 8, 7, 7),
     tiled("tile_14x14", 1, 3, 16, 14, 14),
@@ -108,6 +109,10 @@ TILES = (
     tiled("tile_1x4", 2, 3, 8, 1, 4),
     tiled("tile_2x5", 1, 40, 8, 2, 5),
     tiled("tile_9x130", 1, 1, 8, 9, 130),
+    tiled("tile_7x7_of_12", 2, 5, 12, 7, 7),
+    tiled("tile_8x6_of_4", 1, 3, 4, 8, 6),
+    tiled("tile_31x41_of_2", 1, 1, 2, 31, 41),
+    tiled("tile_5x5_of_6", 2, 5, 6, 5, 5),
 )
 GPU = pytest.mark.parametrize("gpu", [GPUS["H200"], GPUS["small"]], ids=["H200", "small"])
 
@@ -132,7 +137,7 @@ def test_tiles_are_for_what_fits_them(kernels):
     assert known_tile(kernels, tile, torch.float64, h200) is None
     assert known_tile(kernels, tile, torch.float32, h200, aligned=False) is None
     assert known_tile(kernels, tile, torch.float32, h200, last=True) is None
-    assert known_tile(kernels, replace(tile, weight_channels=22), torch.float32, h200) is None
+    assert known_tile(kernels, replace(tile, weight_channels=88), torch.float32, h200) is None
     assert known_tile(kernels, replace(tile, width=3), torch.float32, h200) is None
     for other in ("k5", "stride2", "dilation2", "padding0", "reflect", "heads2", "empty_batch"):
         assert known_tile(kernels, CASES[other], torch.float32, h200) is None, other

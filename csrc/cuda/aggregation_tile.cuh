@@ -2,8 +2,8 @@
 // contiguous memory, by asynchronous copies of 16 bytes, and the output leaves the same way: rows of 14 or 28 bytes, whose
 // ends no vector fits, are met in shared memory only.
 //
-// A thread owns four columns of one row and eight channels that share their weights: 36 weights and 32 sums in registers,
-// each weight widened and transformed once for eight channels. The gradient of the input is the same sum with the taps
+// A thread owns four columns of one row and up to eight channels that share their weights: 36 weights and 32 sums in
+// registers, each weight widened and transformed once for eight channels. The gradient of the input is the same sum with the taps
 // mirrored and every weight taken from where it was applied: grad_x[q] = sum over t of w[t][q - d_t] * grad_y[q - d_t].
 #pragma once
 
@@ -118,10 +118,12 @@ template <class scalar_t>
 COTNET_DEVICE void store_run(scalar_t* array, const scalar_t* from, int64_t begin, int elements, int thread, int threads) {
   const Run<scalar_t> run(begin, elements);
   scalar_t* const to = array + begin;
+  COTNET_UNROLL_BY(2)
   for (int i = thread; i < run.chunks; i += threads) {
     const int element = run.head + i * run.kChunk;
     store_vec(to + element, *reinterpret_cast<const Pack<scalar_t, Run<scalar_t>::kChunk>*>(from + element));
   }
+  COTNET_UNROLL_BY(1)
   for (int i = thread; i < run.head + run.tail; i += threads)
     store_vec(to + run.loose(i), Pack<scalar_t, 1>{{from[run.loose(i)]}});
 }
@@ -153,7 +155,7 @@ COTNET_DEVICE void write_columns(scalar_t* to, const acc_t<scalar_t>* from) {
 // kMirrored: weights are needed wherever x is.
 template <class scalar_t, bool kMirrored>
 struct TilePlace {
-  int64_t image, first_channel;  // of the kTileChannels channels of the first plane
+  int64_t image, first_channel;  // of the channels of the first plane
   int64_t weight_channel;        // of the first plane
   int planes;                    // of this block: the last may have fewer
   int first_row, rows;           // that it computes
@@ -171,7 +173,7 @@ struct TilePlace {
     rest /= plane_groups;
     const unsigned chunks = unsigned(tile.chunks), chunk = rest % chunks;
     weight_channel = group;
-    first_channel = int64_t(chunk) * kTileChannels * p.weight_channels + group;
+    first_channel = int64_t(chunk) * tile.channels * p.weight_channels + group;
     image = rest / chunks;
     planes = weight_channels - group < unsigned(tile.planes) ? int(weight_channels - group) : tile.planes;
     const int height = int(p.rows.out);
@@ -204,10 +206,10 @@ struct TilePlace {
   COTNET_DEVICE int second_offset(const Tile& tile, int j, int skipped) const {
     return j * tile.second_stride + place_in_chunk<scalar_t>(x_start + unsigned(j) * x_step + unsigned(skipped));
   }
-  // On to the next kTileChannels channels that share their weights.
-  COTNET_DEVICE void next_channels(const AggregationProblem& p) {
-    first_channel += kTileChannels * p.weight_channels;
-    x_start += kTileChannels * x_step;
+  // On to the next channels that share their weights.
+  COTNET_DEVICE void next_channels(const AggregationProblem& p, int channels = kTileChannels) {
+    first_channel += channels * p.weight_channels;
+    x_start += unsigned(channels) * x_step;
   }
 
   // body(tap, elements, thread, threads) for each run of weights and the threads that share it: one run for all planes, or
@@ -233,8 +235,8 @@ struct TilePlace {
   }
 };
 
-// kMirrored: the gradient of the input, from x = grad_y to y = grad_x.
-template <class scalar_t, class Weights, int kVector, bool kMirrored>
+// kSharers: channels of a tile. kMirrored: the gradient of the input, from x = grad_y to y = grad_x.
+template <class scalar_t, class Weights, int kSharers, int kVector, bool kMirrored>
 COTNET_KERNEL(kTileThreads, 2)
 aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weights weights,
                         const scalar_t* raw /* [N, Cw, 9, H, W] */, const scalar_t* x /* [N, C, H, W] */,
@@ -242,15 +244,15 @@ aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weigh
   using acc = acc_t<scalar_t>;
   COTNET_SHARED_DYNAMIC(memory);
   // Before the first element is room for the column before it, which is read and not used.
-  scalar_t* const x_tile = reinterpret_cast<scalar_t*>(memory) + 16 / sizeof(scalar_t);  // [kTileChannels, planes, rows, W]
-  scalar_t* const w_tile = x_tile + kTileChannels * tile.x_stride;                       // [planes, 9, rows, W]
+  scalar_t* const x_tile = reinterpret_cast<scalar_t*>(memory) + 16 / sizeof(scalar_t);  // [kSharers, planes, rows, W]
+  scalar_t* const w_tile = x_tile + kSharers * tile.x_stride;                       // [planes, 9, rows, W]
   const int width = int(p.cols.out), height = int(p.rows.out), plane = height * width;
   const int threads = int(blockDim.x), thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const TilePlace<scalar_t, kMirrored> at(p, tile);
   const bool strips = tile.strips > 1;
 
   at.load_weights(p, tile, w_tile, raw, thread, threads);
-  for (int j = warp; j < kTileChannels; j += threads / 32) {
+  for (int j = warp; j < kSharers; j += threads / 32) {
     const int64_t begin = at.channel(p, j);
     load_run(x_tile + at.channel_offset(tile, j), x, begin, strips ? at.loaded * width : at.planes * plane, lane,
              32);
@@ -265,7 +267,7 @@ aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weigh
   const int of_plane = line / at.rows, row = at.first_row + line - of_plane * at.rows;
   const int column = segment * kTileColumns < width - kTileColumns ? segment * kTileColumns : width - kTileColumns;
   const bool busy = of_plane < at.planes, first_column = column == 0, last_column = column == width - kTileColumns;
-  acc sums[kTileChannels][kTileColumns] = {};
+  acc sums[kSharers][kTileColumns] = {};
   if (busy) {
     acc w[9][kTileColumns];
     COTNET_UNROLL
@@ -294,7 +296,7 @@ aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weigh
       if (source < 0 || source >= height) continue;
       const int offset = of_plane * plane + (source - at.first_loaded) * width + column;
       COTNET_UNROLL
-      for (int j = 0; j < kTileChannels; ++j) {
+      for (int j = 0; j < kSharers; ++j) {
         const scalar_t* const from = x_tile + at.channel_offset(tile, j) + offset;
         acc values[kTileColumns + 2];  // columns column - 1 to column + 4, zero outside of the map
         values[0] = first_column ? acc(0) : widen(from[-1]);
@@ -315,10 +317,10 @@ aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weigh
   if (busy) {
     const int offset = of_plane * plane + (row - at.first_loaded) * width + column;
     COTNET_UNROLL
-    for (int j = 0; j < kTileChannels; ++j) write_columns<kVector>(x_tile + at.channel_offset(tile, j) + offset, sums[j]);
+    for (int j = 0; j < kSharers; ++j) write_columns<kVector>(x_tile + at.channel_offset(tile, j) + offset, sums[j]);
   }
   sync_block();
-  for (int j = warp; j < kTileChannels; j += threads / 32) {
+  for (int j = warp; j < kSharers; j += threads / 32) {
     const int64_t begin = at.channel(p, j);
     const int skipped = (at.first_row - at.first_loaded) * width;
     store_run(y, x_tile + at.channel_offset(tile, j) + skipped, begin + skipped,
@@ -337,9 +339,11 @@ bool try_aggregation_tile(const AggregationProblem& p, const Weights& weights, c
     const Tile tile = choose_aggregation_tile(p, sizeof(scalar_t), aligned, {true, kMirrored, false}, numbers);
     if (!tile.possible()) return false;
     const auto launch = [&](auto* kernel) { launch_kernel(kernel, tile.launch, stream, p, tile, weights, raw, x, y); };
-    if (tile.vector == 4) launch(&aggregation_tile_kernel<scalar_t, Weights, 4, kMirrored>);
-    else if (tile.vector == 2) launch(&aggregation_tile_kernel<scalar_t, Weights, 2, kMirrored>);
-    else launch(&aggregation_tile_kernel<scalar_t, Weights, 1, kMirrored>);
+    if (tile.channels == 2) launch(&aggregation_tile_kernel<scalar_t, Weights, 2, 1, kMirrored>);
+    else if (tile.channels == 4) launch(&aggregation_tile_kernel<scalar_t, Weights, 4, 1, kMirrored>);
+    else if (tile.vector == 4) launch(&aggregation_tile_kernel<scalar_t, Weights, 8, 4, kMirrored>);
+    else if (tile.vector == 2) launch(&aggregation_tile_kernel<scalar_t, Weights, 8, 2, kMirrored>);
+    else launch(&aggregation_tile_kernel<scalar_t, Weights, 8, 1, kMirrored>);
     return true;
   }
 }

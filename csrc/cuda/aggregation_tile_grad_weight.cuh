@@ -1,6 +1,6 @@
 // The gradient of the weights of 3 x 3 aggregations from tiles in shared memory: grad_w[t][q] is the sum over the channels
 // that share the weight of grad_y[q] * x[q + d_t]. A thread owns four columns of one row of one weight channel: 36 sums, to
-// which the channels come eight at a time. What becomes of the sums is decided by a sink, which may ask for the weights.
+// which the channels come eight, four or two at a time. What becomes of the sums is decided by a sink, which may ask for the weights.
 #pragma once
 
 #include "cuda/aggregation_tile.cuh"
@@ -95,7 +95,7 @@ struct NormSumsSink {
   }
 };
 
-template <class scalar_t, class Sink, int kVector>
+template <class scalar_t, class Sink, int kSharers, int kVector>
 COTNET_KERNEL(kTileThreads, 2)
 aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile, const Sink sink,
                                     const scalar_t* raw /* [N, Cw, 9, H, W], the stored weights */,
@@ -103,10 +103,10 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
                                     scalar_t* grad_w /* [N, Cw, 9, H, W] */) {
   using acc = acc_t<scalar_t>;
   COTNET_SHARED_DYNAMIC(memory);
-  scalar_t* const x_tile = reinterpret_cast<scalar_t*>(memory) + 16 / sizeof(scalar_t);  // [kTileChannels, planes, rows, W]
-  scalar_t* const g_tile = x_tile + kTileChannels * tile.x_stride;                       // [kTileChannels, planes, rows, W]
-  scalar_t* const w_tile = g_tile + kTileChannels * tile.second_stride;                  // [planes, 9, rows, W]
-  [[maybe_unused]] acc* const parts = reinterpret_cast<acc*>(memory);  // [18, busy threads], smaller than the tile
+  scalar_t* const x_tile = reinterpret_cast<scalar_t*>(memory) + 16 / sizeof(scalar_t);  // [kSharers, planes, rows, W]
+  scalar_t* const g_tile = x_tile + kSharers * tile.x_stride;                       // [kSharers, planes, rows, W]
+  scalar_t* const w_tile = g_tile + kSharers * tile.second_stride;                  // [planes, 9, rows, W]
+  [[maybe_unused]] acc* const parts = reinterpret_cast<acc*>(memory);  // [18, busy threads]
   const int width = int(p.cols.out), height = int(p.rows.out), plane = height * width;
   const int threads = int(blockDim.x), thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
   TilePlace<scalar_t, false> at(p, tile);
@@ -120,10 +120,10 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
   const bool busy = of_plane < at.planes, first_column = column == 0, last_column = column == width - kTileColumns;
   const int offset = (row - at.first_row) * width + column;  // within the computed rows
   acc sums[9][kTileColumns] = {};
-  const int chunks = int(p.sharing() / kTileChannels);
-  for (int chunk = 0; chunk < chunks; ++chunk, at.next_channels(p)) {
+  const int chunks = int(p.sharing() / kSharers);
+  for (int chunk = 0; chunk < chunks; ++chunk, at.next_channels(p, kSharers)) {
     if (chunk > 0) sync_block();  // all have read the channels before
-    for (int j = warp; j < kTileChannels; j += threads / 32) {
+    for (int j = warp; j < kSharers; j += threads / 32) {
       const int64_t begin = at.channel(p, j);
       load_run(x_tile + at.channel_offset(tile, j), x, begin, strips ? at.loaded * width : computed, lane, 32);
       load_run(g_tile + at.second_offset(tile, j, skipped), grad_y, begin + skipped, computed, lane, 32);
@@ -133,7 +133,7 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
     sync_block();
     if (!busy) continue;
     COTNET_UNROLL_BY(4)  // all eight at once need more registers for addresses than there are
-    for (int j = 0; j < kTileChannels; ++j) {
+    for (int j = 0; j < kSharers; ++j) {
       acc grads[kTileColumns];
       read_columns<kVector>(
           g_tile + at.second_offset(tile, j, skipped) + of_plane * plane + offset, grads);
@@ -155,14 +155,14 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
       }
     }
   }
-  if (Sink::kSums) sync_block();  // what is summed over threads takes the place of x and grad_y
+  acc w[9][kTileColumns];
+  if (Sink::kNeedsWeights && busy) {
+    COTNET_UNROLL
+    for (int t = 0; t < 9; ++t)
+      read_columns<kVector>(w_tile + at.weight_offset(tile, t, of_plane, plane) + offset, w[t]);
+  }
+  if (Sink::kSums) sync_block();  // what is summed over threads takes the place of all that was loaded
   if (busy) {
-    acc w[9][kTileColumns];
-    if (Sink::kNeedsWeights) {
-      COTNET_UNROLL
-      for (int t = 0; t < 9; ++t)
-        read_columns<kVector>(w_tile + at.weight_offset(tile, t, of_plane, plane) + offset, w[t]);
-    }
     const WeightPlace place{at.image, at.weight_channel + of_plane, p.weight_channels, int64_t(row) * width + column, plane, 9};
     if constexpr (Sink::kSums) sink.add(place, w, sums, segment * kTileColumns - column, parts, thread, at.planes * at.rows * tile.segments);
     else sink.finish(place, w, sums);
@@ -174,7 +174,7 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
     return;
   }
 
-  // grad_w takes the place of x and grad_y in the tile, laid out as weights are.
+  // grad_w takes the place of all that was loaded, laid out as weights are.
   if (busy) {
     COTNET_UNROLL
     for (int t = 0; t < 9; ++t)
@@ -199,9 +199,11 @@ bool try_aggregation_tile_grad_weight(const AggregationProblem& p, const Sink& s
     const auto launch = [&](auto* kernel) {
       launch_kernel(kernel, tile.launch, stream, p, tile, sink, raw, grad_y, x, grad_w);
     };
-    if (tile.vector == 4) launch(&aggregation_tile_grad_weight_kernel<scalar_t, Sink, 4>);
-    else if (tile.vector == 2) launch(&aggregation_tile_grad_weight_kernel<scalar_t, Sink, 2>);
-    else launch(&aggregation_tile_grad_weight_kernel<scalar_t, Sink, 1>);
+    if (tile.channels == 2) launch(&aggregation_tile_grad_weight_kernel<scalar_t, Sink, 2, 1>);
+    else if (tile.channels == 4) launch(&aggregation_tile_grad_weight_kernel<scalar_t, Sink, 4, 1>);
+    else if (tile.vector == 4) launch(&aggregation_tile_grad_weight_kernel<scalar_t, Sink, 8, 4>);
+    else if (tile.vector == 2) launch(&aggregation_tile_grad_weight_kernel<scalar_t, Sink, 8, 2>);
+    else launch(&aggregation_tile_grad_weight_kernel<scalar_t, Sink, 8, 1>);
     return true;
   }
 }

@@ -9,21 +9,23 @@
 
 namespace cotnet {
 
-// Channels of a tile that share a weight channel: weights are read and widened once for 8.
+// Most channels of a tile that share a weight channel: weights are read and widened once for 8. Where fewer share one, or a
+// number that is no multiple, a tile has 4 or 2: registers and shared memory that are not taken let more blocks load at a time.
 constexpr int kTileChannels = 8;
 // Neighbouring columns of a thread: 36 weights and 32 sums are what fits into the registers of a thread.
 constexpr int kTileColumns = 4;
 // Largest block: one thread for each four columns of each row of a tile.
 constexpr int kTileThreads = 256;
 
-// A block owns `rows` rows of the planes of `planes` consecutive weight channels, for kTileChannels channels of each. Several
+// A block owns `rows` rows of the planes of `planes` consecutive weight channels, for `channels` channels of each. Several
 // planes only when it has all rows: they follow each other in memory, and so planes of 98 bytes move in runs of 784.
 struct Tile {
   int planes = 0;  // 0: not possible
   int rows = 0;
   int strips = 0;    // of rows of a plane
   int plane_groups = 0;  // of `planes` weight channels
-  int chunks = 0;        // of kTileChannels channels that share a weight
+  int channels = 0;      // that share a weight: kTileChannels, 4 or 2
+  int chunks = 0;        // of as many
   int segments = 0;  // of kTileColumns in a row, the last may overlap the one before
   int x_stride = 0;  // elements of shared memory from one channel to the next
   int second_stride = 0;  // the same of the second map
@@ -49,10 +51,16 @@ inline int64_t room(int64_t elements, int element_bytes) {
   return ceil_div(elements + chunk + kTileColumns, chunk) * chunk;
 }
 
+inline int channels_of(const AggregationProblem& p) {
+  for (int channels = kTileChannels; channels > 1; channels /= 2)
+    if (p.sharing() % channels == 0) return channels;
+  return 0;
+}
+
 inline bool allows(const AggregationProblem& p, int element_bytes) {
   const auto plain = [](const Axis& a) { return a.kernel == 3 && a.stride == 1 && a.padding == 1 && a.dilation == 1; };
   return plain(p.rows) && plain(p.cols) && !p.reflect && !p.channels_last && p.heads == 1 && p.batch > 0 &&
-         p.sharing() % kTileChannels == 0 && element_bytes <= 4;
+         channels_of(p) > 0 && element_bytes <= 4;
 }
 
 // Bytes of shared memory; fills in the strides.
@@ -62,8 +70,11 @@ inline int64_t measure(Tile& t, const AggregationProblem& p, int element_bytes, 
   t.w_stride = int(room((t.rows + (needs.weight_halo ? halo : 0)) * width, element_bytes));
   const int64_t w = t.strips > 1 ? 9 * int64_t(t.w_stride) : room(9 * t.planes * t.rows * width, element_bytes);
   t.second_stride = int(room(t.planes * t.rows * width, element_bytes));
-  const int64_t maps = int64_t(kTileChannels) * (t.x_stride + (needs.second_map ? t.second_stride : 0));
-  return 16 + (maps + (needs.weights ? w : 0)) * element_bytes;
+  const int64_t maps = int64_t(t.channels) * (t.x_stride + (needs.second_map ? t.second_stride : 0));
+  int64_t bytes = (maps + (needs.weights ? w : 0)) * element_bytes;
+  // The gradient of the weights, or two sums of each thread for each tap, take the place of what was loaded.
+  if (needs.second_map) bytes = std::max({bytes, w * element_bytes, t.planes * t.rows * t.segments * 18 * int64_t(4)});
+  return 16 + bytes;
 }
 
 }  // namespace tile
@@ -73,8 +84,10 @@ inline Tile choose_aggregation_tile(const AggregationProblem& p, int element_byt
   Tile t;
   const int64_t height = p.rows.out, width = p.cols.out, segments = ceil_div(width, kTileColumns);
   if (!aligned || !tile::allows(p, element_bytes) || width < kTileColumns || segments > kTileThreads / 2) return t;
+  t.channels = tile::channels_of(p);
   t.segments = int(segments);
-  t.vector = width % 4 == 0 ? 4 : width % 2 == 0 ? 2 : 1;
+  // With few channels shared memory is read little beside what is loaded: element by element serves every width.
+  t.vector = t.channels < kTileChannels ? 1 : width % 4 == 0 ? 4 : width % 2 == 0 ? 2 : 1;
   // At most a quarter of the shared memory of a multiprocessor: several blocks load while others compute.
   const int64_t most_bytes = std::min<int64_t>(numbers.shared_bytes, std::max(numbers.shared_bytes / 4, 48 * 1024));
   const int64_t rows = std::min<int64_t>(height, kTileThreads / segments);
@@ -98,7 +111,7 @@ inline Tile choose_aggregation_tile(const AggregationProblem& p, int element_byt
   t.launch.shared_bytes = unsigned(tile::measure(t, p, element_bytes, needs));
   t.launch.threads = unsigned(ceil_div(t.planes * items, 32) * 32);
   t.plane_groups = int(ceil_div(p.weight_channels, t.planes));
-  t.chunks = needs.second_map ? 1 : int(p.sharing() / kTileChannels);
+  t.chunks = needs.second_map ? 1 : int(p.sharing() / t.channels);
   const int64_t blocks = p.batch * t.plane_groups * t.chunks * t.strips;
   if (blocks > (int64_t(1) << 31) - 1) return Tile{};
   t.launch.grid_x = unsigned(blocks);
