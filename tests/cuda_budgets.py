@@ -50,6 +50,7 @@ def constant(name: str) -> int:
 
 
 TILE = constant("kTileThreads")
+DIRECT = constant("kDirectThreads")
 ANY = registers_for(constant("kAnyThreads"), 1)
 ROWS = registers_for(constant("kGateRowThreads"), 1)
 IMAGES = registers_for(constant("kGateImageBackwardThreads"), 1)
@@ -63,6 +64,11 @@ GATE = "spatial_softmax_gate_"
 BUDGETS: tuple[Budget, ...] = (
     # Any shape: a value at a time, and as many registers as a block can have. Nothing is spilled.
     Budget("aggregation_(forward|grad_input|grad_weight)_kernel", ANY, "a block must fit"),
+    # Eleven vectors a row of taps, and nothing narrower but the columns beside a warp's.
+    Budget(
+        "aggregation_direct_kernel", registers_for(DIRECT, 3), "three blocks",
+        **wide(11, 8), narrow_stores=0,
+    ),  # fmt: skip
     # Runs of a tile come and go in 16 bytes, but for their ends.
     Budget("aggregation_tile_kernel", registers_for(TILE, 2), "two blocks", **wide(6, 3)),
     Budget("aggregation_tile_grad_weight_k.*Sums", registers_for(TILE, 2), "two", **wide(2, 0)),

@@ -4,6 +4,7 @@
 
 #include "core/operands.h"
 #include "cuda/aggregation.cuh"
+#include "cuda/aggregation_direct.cuh"
 #include "cuda/aggregation_tile_grad_weight.cuh"
 #include "cuda/block_sum.cuh"
 #include "cuda/group_norm_aggregation_launch.h"
@@ -86,6 +87,7 @@ void group_norm_aggregation_forward(const AggregationProblem& p, const GroupNorm
   launch_kernel(group_norm_merge_kernel<acc_t<scalar_t>>, launch, stream, units, p.taps() * p.out_plane(), parts, eps, scratch,
                 a.mean, a.rstd);
   const NormWeights<scalar_t> weights = norm_weights(p, a);
+  if (try_aggregation_direct(p, weights, a.w, a.x, y, stream)) return;
   if (!try_aggregation_tile<false>(p, weights, a.w, a.x, y, numbers, stream))
     launch_aggregation_forward(p, weights, a.x, y, stream);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/aggregation.cuh"
+#include "cuda/aggregation_direct.cuh"
 #include "cuda/aggregation_tile_grad_weight.cuh"
 
 namespace cotnet {
@@ -11,6 +12,7 @@ void softmax_aggregation_forward(const AggregationProblem& p, const scalar_t* x 
                                  const scalar_t* logits /* [N, G, Cw, K, Ho, Wo] */, scalar_t* y /* [N, G*C, Ho, Wo] */,
                                  const DeviceNumbers& numbers, Stream stream) {
   const SoftmaxWeights<scalar_t> weights{{logits, weight_strides(p)}};
+  if (try_aggregation_direct(p, weights, logits, x, y, stream)) return;
   if (try_aggregation_tile<false>(p, weights, logits, x, y, numbers, stream)) return;
   launch_aggregation_forward(p, weights, x, y, stream);
 }

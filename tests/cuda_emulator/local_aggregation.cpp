@@ -23,6 +23,13 @@ COTNET_BINDINGS(m) {
                                  out<scalar_t>(grad_x), out<scalar_t>(grad_w), device_numbers(device), Stream{});
     });
   });
+  // (vectors of a row, vectors of a plane, threads with work, blocks), or None.
+  m.def("choose_aggregation_direct", [](const py::tuple& problem, int element_bytes, bool aligned) -> py::object {
+    const Direct direct =
+        choose_aggregation_direct(aggregation_problem(problem), element_bytes, 16 / element_bytes, aligned);
+    if (!direct.possible()) return py::none();
+    return py::make_tuple(direct.row_vectors, direct.plane_vectors, direct.threads, direct.launch.grid_x);
+  });
   // (planes, rows, strips, threads, bytes of shared memory) of a block, or None.
   m.def("choose_aggregation_tile", [](const py::tuple& problem, int element_bytes, bool aligned, bool backward,
                                       const py::tuple& device) -> py::object {

@@ -1,0 +1,167 @@
+// Aggregations of 3 x 3 taps, stride 1, without shared memory: NCHW maps too large for whole tiles, whose rows are whole
+// vectors of 16 bytes.
+//
+// A thread owns one vector of neighbouring columns and eight channels that share their weights. Threads follow each other as
+// vectors do in memory, from row to row and from plane to plane: no lane is idle, and the column before a vector and the one
+// behind it are in the lanes beside. A row of taps at a time: three vectors of weights, widened and transformed once for
+// eight channels, then the row of each channel. Rows come three times, twice of these from the L1 cache; weights come once.
+#pragma once
+
+#include "cuda/aggregation.cuh"
+#include "cuda/aggregation_direct_launch.h"
+
+namespace cotnet {
+
+// ---- weights of one tap at a vector of columns: from raw to what is summed. Taps come in order.
+
+template <class Weights, int kColumns>
+struct DirectWeights;
+
+template <class scalar_t, int kColumns>
+struct DirectWeights<PlainWeights<scalar_t>, kColumns> {
+  using acc = acc_t<scalar_t>;
+  COTNET_DEVICE DirectWeights(const PlainWeights<scalar_t>&, const WeightPlace&, const scalar_t*) {}
+  static COTNET_DEVICE Pack<scalar_t, kColumns> load(const scalar_t* from) { return load_streaming<kColumns>(from); }
+  COTNET_DEVICE void transform(int, acc (&)[kColumns]) {}
+  COTNET_DEVICE void finish(acc (&)[kColumns]) const {}
+};
+
+// The largest logit comes first, from a reading that leaves the logits in the cache; sums are divided by the sum of
+// exponentials in the end.
+template <class scalar_t, int kColumns>
+struct DirectWeights<SoftmaxWeights<scalar_t>, kColumns> {
+  using acc = acc_t<scalar_t>;
+  acc top[kColumns], total[kColumns] = {};
+
+  COTNET_DEVICE DirectWeights(const SoftmaxWeights<scalar_t>&, const WeightPlace& at, const scalar_t* from) {
+    COTNET_UNROLL
+    for (int t = 0; t < 9; ++t) {
+      const Pack<scalar_t, kColumns> logits = load(from + t * at.plane);
+      COTNET_UNROLL
+      for (int i = 0; i < kColumns; ++i) {
+        const acc logit = widen(logits.at[i]);
+        top[i] = t == 0 || logit > top[i] ? logit : top[i];
+      }
+    }
+  }
+  static COTNET_DEVICE Pack<scalar_t, kColumns> load(const scalar_t* from) { return load_vec<kColumns>(from); }
+  COTNET_DEVICE void transform(int, acc (&w)[kColumns]) {
+    COTNET_UNROLL
+    for (int i = 0; i < kColumns; ++i) {
+      // Results of 16 bits are rounded far more coarsely than the fast exponential is.
+      w[i] = sizeof(scalar_t) == 2 ? fast_exponential(w[i] - top[i]) : exponential(w[i] - top[i]);
+      total[i] += w[i];
+    }
+  }
+  COTNET_DEVICE void finish(acc (&sums)[kColumns]) const {
+    COTNET_UNROLL
+    for (int i = 0; i < kColumns; ++i) sums[i] *= 1 / total[i];
+  }
+};
+
+template <class scalar_t, int kColumns>
+struct DirectWeights<NormWeights<scalar_t>, kColumns> {
+  using acc = acc_t<scalar_t>;
+  typename NormWeights<scalar_t>::Window window;
+
+  COTNET_DEVICE DirectWeights(const NormWeights<scalar_t>& weights, const WeightPlace& at, const scalar_t*)
+      : window(weights.open(at)) {}
+  static COTNET_DEVICE Pack<scalar_t, kColumns> load(const scalar_t* from) { return load_streaming<kColumns>(from); }
+  COTNET_DEVICE void transform(int t, acc (&w)[kColumns]) {
+    const acc scale = window.rstd * window.scale(t), shift = window.beta ? load_wide(window.beta + t) : acc(0);
+    COTNET_UNROLL
+    for (int i = 0; i < kColumns; ++i) w[i] = fma(w[i] - window.mean, scale, shift);
+  }
+  COTNET_DEVICE void finish(acc (&)[kColumns]) const {}
+};
+
+// ---- the kernel
+
+// Columns -1 to kColumns of a thread's row, those beside from the lanes beside; lanes 0 and 31 load theirs. Zeros where the
+// row is not inside of the map, and outside of the row. All lanes of a warp must come.
+template <int kColumns, class scalar_t>
+COTNET_DEVICE void load_row(const scalar_t* from, bool inside, bool first, bool last, int lane,
+                            acc_t<scalar_t> (&values)[kColumns + 2]) {
+  using acc = acc_t<scalar_t>;
+  const Pack<scalar_t, kColumns> pack = load_vec_if<kColumns>(from, inside);
+  const bool alone = inside && (lane == 0 ? !first : lane == 31 && !last);
+  const acc beside = load_wide_if(lane == 0 ? from - 1 : from + kColumns, alone);
+  COTNET_UNROLL
+  for (int i = 0; i < kColumns; ++i) values[i + 1] = widen(pack.at[i]);
+  const acc before = shuffle_up(kAllLanes, values[kColumns], 1), behind = shuffle_down(kAllLanes, values[1], 1);
+  values[0] = first ? acc(0) : lane == 0 ? beside : before;
+  values[kColumns + 1] = last ? acc(0) : lane == 31 ? beside : behind;
+}
+
+template <class scalar_t, class Weights, int kColumns>
+COTNET_KERNEL(kDirectThreads, 3)
+aggregation_direct_kernel(const AggregationProblem p, const Direct direct, const Weights weights,
+                          const scalar_t* raw /* [N, Cw, 9, H, W] */, const scalar_t* x /* [N, C, H, W] */,
+                          scalar_t* y /* [N, C, H, W] */) {
+  using acc = acc_t<scalar_t>;
+  // Threads beyond the last do the last one's work, for their neighbours' sake, and store nothing.
+  int64_t rest = int64_t(blockIdx.x) * kDirectThreads + threadIdx.x;
+  const bool busy = rest < direct.threads;
+  rest = busy ? rest : direct.threads - 1;
+  const int vector = int(split(rest, direct.plane_vectors)), row = vector / direct.row_vectors;
+  const int64_t weight_channel = split(rest, p.weight_channels), chunk = split(rest, direct.chunks), image = rest;
+  const int height = int(p.rows.out), lane = int(threadIdx.x) % 32, segment = vector - row * direct.row_vectors;
+  const bool first = segment == 0, last = segment == direct.row_vectors - 1;
+  const int64_t plane = p.out_plane(), position = int64_t(vector) * kColumns, step = p.weight_channels * plane;
+  const WeightPlace place{image, weight_channel, p.weight_channels, position, plane, 9};
+  const int64_t offset = (image * p.channels + chunk * kDirectChannels * p.weight_channels + weight_channel) * plane + position;
+  const scalar_t* const w_from = raw + place.unit() * 9 * plane + position;
+
+  DirectWeights<Weights, kColumns> source(weights, place, w_from);
+  acc sums[kDirectChannels][kColumns] = {};
+  COTNET_UNROLL_BY(1)  // the vectors of one row are what registers have room for
+  for (int u = 0; u < 3; ++u) {
+    const bool inside = row + u - 1 >= 0 && row + u - 1 < height;
+    acc w[3][kColumns];
+    COTNET_UNROLL
+    for (int v = 0; v < 3; ++v) {
+      const Pack<scalar_t, kColumns> pack = source.load(w_from + (u * 3 + v) * plane);
+      COTNET_UNROLL
+      for (int i = 0; i < kColumns; ++i) w[v][i] = widen(pack.at[i]);
+      source.transform(u * 3 + v, w[v]);
+    }
+    const scalar_t* const from = x + offset + (u - 1) * p.cols.out;
+    COTNET_UNROLL
+    for (int j = 0; j < kDirectChannels; ++j) {
+      acc values[kColumns + 2];
+      load_row<kColumns>(from + j * step, inside, first, last, lane, values);
+      COTNET_UNROLL
+      for (int v = 0; v < 3; ++v) {
+        COTNET_UNROLL
+        for (int i = 0; i < kColumns; ++i) sums[j][i] = fma(w[v][i], values[i + v], sums[j][i]);
+      }
+    }
+  }
+  if (!busy) return;
+  COTNET_UNROLL
+  for (int j = 0; j < kDirectChannels; ++j) {
+    source.finish(sums[j]);
+    Pack<scalar_t, kColumns> pack;
+    COTNET_UNROLL
+    for (int i = 0; i < kColumns; ++i) pack.at[i] = narrow<scalar_t>(sums[j][i]);
+    store_vec(y + offset + j * step, pack);
+  }
+}
+
+// True when the kernel was launched. raw: the weights before their transformation.
+template <class scalar_t, class Weights>
+bool try_aggregation_direct(const AggregationProblem& p, const Weights& weights, const scalar_t* raw, const scalar_t* x,
+                            scalar_t* y, Stream stream) {
+  if constexpr (sizeof(scalar_t) > 4) {
+    return false;
+  } else {
+    constexpr int kColumns = 16 / sizeof(scalar_t);
+    const bool aligned = alignment_of(raw) == 16 && alignment_of(x) == 16 && alignment_of(y) == 16;
+    const Direct direct = choose_aggregation_direct(p, sizeof(scalar_t), kColumns, aligned);
+    if (!direct.possible()) return false;
+    launch_kernel(&aggregation_direct_kernel<scalar_t, Weights, kColumns>, direct.launch, stream, p, direct, weights, raw, x, y);
+    return true;
+  }
+}
+
+}  // namespace cotnet
