@@ -110,11 +110,12 @@ TILES = (
     tiled("tile_2x5", 1, 40, 8, 2, 5),
     tiled("tile_9x130", 1, 1, 8, 9, 130),
     tiled("tile_7x7_of_12", 2, 5, 12, 7, 7),
-    tiled("tile_8x6_of_4", 1, 3, 4, 8, 6),
+    tiled("tile_40x32_of_4", 1, 1, 4, 40, 32),
     tiled("tile_31x41_of_2", 1, 1, 2, 31, 41),
     tiled("tile_5x5_of_6", 2, 5, 6, 5, 5),
 )
-GPU = pytest.mark.parametrize("gpu", [GPUS["H200"], GPUS["small"]], ids=["H200", "small"])
+# One that copies whole runs, and one that copies 16 bytes at a time, with less shared memory.
+GPU = pytest.mark.parametrize("gpu", [GPUS["H200"], (1, 80, 48 << 10)], ids=["H200", "small"])
 
 
 def known_tile(kernels, case, dtype, gpu, aligned=True, last=False):
@@ -128,7 +129,10 @@ def known_tile(kernels, case, dtype, gpu, aligned=True, last=False):
 @FUNCTIONS
 def test_tiles(kernels, schedules, case, dtype, gpu, function):
     assert known_tile(kernels, case, dtype, gpu)
-    check_schedules(kernels, schedules, function, case, dtype, False, gpu=gpu)
+    for asked in function.arguments[:1], function.arguments[1:]:  # a kernel for each
+        check_schedules(
+            kernels, schedules, function, case, dtype, False, gpu=gpu, asked=set(asked).__contains__
+        )
 
 
 def test_tiles_are_for_what_fits_them(kernels):
@@ -147,7 +151,7 @@ def test_tiles_are_for_what_fits_them(kernels):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_id)
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
 def test_tiles_fit_the_gpu(kernels, case, dtype, gpu):
-    planes, rows, strips, threads, shared = known_tile(kernels, case, dtype, gpu)
+    planes, rows, strips, threads, shared, _ = known_tile(kernels, case, dtype, gpu)
     assert threads <= 256 and shared <= gpu[2]
     assert planes == 1 or strips == 1
     assert rows * strips >= case.height > rows * (strips - 1)
@@ -156,5 +160,23 @@ def test_tiles_fit_the_gpu(kernels, case, dtype, gpu):
 def test_tiles_of_the_small_maps_move_whole_vectors(kernels):
     """Planes of 98 and 392 bytes move eight and two at a time."""
     for stage, planes in (("stage4_512x7x7", 8), ("stage3_256x14x14", 2)):
-        tile = known_tile(kernels, CASES[stage], torch.bfloat16, GPUS["H200"])
-        assert tile[0] == planes, tile
+        for gpu in ("H200", "A100"):
+            tile = known_tile(kernels, CASES[stage], torch.bfloat16, GPUS[gpu])
+            assert tile[0] == planes, tile
+            assert tile[-1] == (gpu == "H200"), tile
+
+
+def test_bulk_copies_are_for_whole_vectors(kernels):
+    """In all blocks: rows where there are strips, a plane where the last block has fewer."""
+    h200 = GPUS["H200"]
+    whole = {
+        (14, 14, 3, torch.float32): True,  # planes of 784 bytes
+        (14, 14, 3, torch.bfloat16): False,  # of 392: two and one
+        (14, 14, 4, torch.bfloat16): True,
+        (56, 56, 1, torch.bfloat16): True,  # rows of 112
+        (60, 60, 1, torch.bfloat16): False,  # of 120
+        (5, 5, 12, torch.bfloat16): False,  # of 50: twelve are 600
+    }
+    for (height, width, channels, dtype), bulk in whole.items():
+        case = tiled("a", 1, channels, 8, height, width)
+        assert known_tile(kernels, case, dtype, h200)[-1] == bulk, (case, dtype)

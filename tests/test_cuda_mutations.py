@@ -19,68 +19,106 @@ from test_sanitizers import environment
 
 TILE = "aggregation_tile.cuh"
 GRADIENT = "aggregation_tile_grad_weight.cuh"
-WAIT = "  cp_async_wait<0>();\n"
+COPIES = "aggregation_tile_copies.cuh"
+DIRECT = "aggregation_direct.cuh"
+WAIT = "    cp_async_wait<0>();\n"
 BARRIER = "  sync_block();\n"
+READY = "  copies.ready_to_store();\n"
 MUTATIONS = {
     "nothing changed": (TILE, "", ""),
-    "no barrier after the copies": (TILE, WAIT + BARRIER, WAIT),
-    "no wait for the copies": (TILE, WAIT, ""),
+    "no barrier after the copies": (COPIES, f"{WAIT}  {BARRIER}", WAIT),
+    "no wait for the copies": (COPIES, WAIT, ""),
+    "no wait for the bulk copies": (COPIES, "mbarrier_wait(barrier_, phase_);", ""),
+    "a wait for the copies before": (COPIES, "phase_ ^= 1;", ""),
+    "no fence before bulk stores": (COPIES, "if (bulk_) fence_proxy_async();", ""),
+    "no wait for bulk stores": (COPIES, "if (bulk_) bulk_store_wait();", ""),
     "no barrier before y replaces x": (TILE, f"{BARRIER}\n  // y takes", "\n  // y takes"),
-    "no barrier before y leaves": (TILE, f"  }}\n{BARRIER}  for (int j", "  }\n  for (int j"),
+    "no barrier before y leaves": (TILE, READY, ""),
     "a column before the map": (TILE, "first_column ? acc(0) : widen(from[-1])", "widen(from[-1])"),
     "a row outside of the map": (TILE, "if (source < 0 || source >= height) continue;", ""),
     "a weight from outside of the map": (TILE, "last_column ? acc(0) : w[t]", "w[t]"),
     "a run too long": (TILE, "body(0, 9 * planes *", "body(0, 9 * tile.planes *"),
     "channels overwritten too early": (GRADIENT, "if (chunk > 0) sync_block();", ""),
-    "no barrier before grad_w leaves": (GRADIENT, f"{BARRIER}  at.store", "  at.store"),
+    "no barrier before grad_w leaves": (GRADIENT, READY, ""),
+    "the end of another row": (DIRECT, "values[0] = first ? acc(0) :", "values[0] ="),
+    "a row of another plane": (DIRECT, "bool inside = row + u - 1 >= 0 &&", "bool inside ="),
+    "a lane without a neighbour": (DIRECT, "lane == 31 ? beside : behind", "behind"),
+    "threads beyond the last": (DIRECT, "busy ? rest : direct.threads - 1", "rest"),
 }  # fmt: skip
 
-# Two planes in the last block where others have more, strips, and channels in two turns.
+# Two planes in the last block where others have more, strips, channels in two turns, bulk copies of
+# these, and maps without tiles.
 CHECK = """
 import sys
 import torch
 from emulated_aggregations import check_schedules
 from emulated_maps import GPUS, load_kernels
 from oracle import LOCAL
-from test_cuda_aggregations import TILES
+from test_cuda_aggregations import TILES, tiled
 
 def schedules():
     for name in ("forward", "backward", "random"):
         load_kernels().set_schedule(name)
         yield name
 
-for case in TILES:
-    if case.name in ("tile_7x7", "tile_31x41", "tile_14x14"):
+for case in (*TILES, tiled("direct_30x40", 1, 2, 8, 30, 40)):
+    if case.name in ("tile_7x7", "tile_31x41", "tile_14x14", "direct_30x40"):
         for gpu in ("H200", "small"):
-            check_schedules(
-                load_kernels(), schedules, LOCAL, case, torch.float32, False, gpu=GPUS[gpu]
-            )
+            for asked in LOCAL.arguments:
+                check_schedules(
+                    load_kernels(), schedules, LOCAL, case, torch.float32, False,
+                    gpu=GPUS[gpu], asked={asked}.__contains__,
+                )
 print("passed")
 """
 
 
-def build(folder: Path, name: str, old: str, new: str) -> None:
+# What compiles once for all mutants, as it is most of the work: the headers of other projects.
+HEADERS = """
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <functional>
+#include <map>
+#include <sstream>
+"""
+EMULATOR = ROOT / "tests" / "cuda_emulator"
+
+
+def compile_cpp(*arguments: str | Path) -> None:
+    includes = run(sys.executable, "-m", "pybind11", "--includes").split()
+    run(
+        os.environ.get("CXX", "c++"), "-std=c++17", "-Og", "-g1", "-fPIC", "-fvisibility=hidden",
+        "-fsanitize=address", "-fno-omit-frame-pointer", "-DCOTNET_EMULATED",
+        "-DCOTNET_FLOAT32_ONLY", *includes, *arguments,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "headers.h").write_text(HEADERS)
+    compile_cpp("-x", "c++-header", folder / "headers.h", "-o", folder / "headers.h.gch")
+    sources = [f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", EMULATOR / "module.cpp"]
+    compile_cpp("-include", folder / "headers.h", "-c", *sources, "-o", folder / "module.o")
+    return folder
+
+
+def build(folder: Path, prepared: Path, name: str, old: str, new: str) -> None:
     """The module of local_aggregation alone, from a copy of the kernels with one change."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "csrc" / "cuda", folder / "cuda")
     text = (folder / "cuda" / name).read_text()
     assert not old or old in text, f"{name} has changed: the mutation finds nothing"
     (folder / "cuda" / name).write_text(text.replace(old, new, 1) if old else text)
-    emulator = ROOT / "tests" / "cuda_emulator"
-    includes = run(sys.executable, "-m", "pybind11", "--includes").split()
-    run(
-        os.environ.get("CXX", "c++"), "-std=c++17", "-Og", "-g1", "-shared", "-fPIC",
-        "-fvisibility=hidden", "-fsanitize=address", "-fno-omit-frame-pointer",
-        "-DCOTNET_EMULATED", "-DCOTNET_FLOAT32_ONLY", f"-I{folder}", f"-I{emulator}",
-        f"-I{ROOT / 'csrc'}", *includes, emulator / "module.cpp",
-        emulator / "local_aggregation.cpp",
-        "-o", folder / f"{TARGET}{sysconfig.get_config_var('EXT_SUFFIX')}",
-    )  # fmt: skip
+    sources = [f"-I{folder}", f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}"]
+    sources += [EMULATOR / "local_aggregation.cpp", prepared / "module.o"]
+    library = folder / f"{TARGET}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    compile_cpp("-include", prepared / "headers.h", "-shared", *sources, "-o", library)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_mutations_are_caught(tmp_path, mutation):
-    build(tmp_path / "mutant", *MUTATIONS[mutation])
+def test_mutations_are_caught(tmp_path, prepared, mutation):
+    build(tmp_path / "mutant", prepared, *MUTATIONS[mutation])
     env = environment(tmp_path) | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         MODULE_FOLDER: str(tmp_path / "mutant"),

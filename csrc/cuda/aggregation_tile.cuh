@@ -1,12 +1,13 @@
 // Aggregations of 3 x 3 taps, stride 1, from tiles in shared memory: NCHW maps of any size. A tile comes in runs of
-// contiguous memory, by asynchronous copies of 16 bytes, and the output leaves the same way: rows of 14 or 28 bytes, whose
-// ends no vector fits, are met in shared memory only.
+// contiguous memory, by asynchronous copies of all of it or of 16 bytes each, and the output leaves the same way: rows of 14
+// or 28 bytes, whose ends no vector fits, are met in shared memory only.
 //
 // A thread owns four columns of one row and up to eight channels that share their weights: 36 weights and 32 sums in
 // registers, each weight widened and transformed once for eight channels. The gradient of the input is the same sum with the taps
 // mirrored and every weight taken from where it was applied: grad_x[q] = sum over t of w[t][q - d_t] * grad_y[q - d_t].
 #pragma once
 
+#include "cuda/aggregation_tile_copies.cuh"
 #include "cuda/aggregation_tile_launch.h"
 #include "cuda/weights.cuh"
 
@@ -75,58 +76,7 @@ COTNET_DEVICE void transform_mirrored(const KnownSoftmaxWeights<scalar_t>& weigh
   }
 }
 
-// ---- runs between global and shared memory. An element lies at the same place within 16 bytes on both sides.
-
-// Place of element `index` of an array within its 16 bytes, in elements.
-template <class scalar_t>
-COTNET_DEVICE int place_in_chunk(unsigned index) {
-  return int(index & (16 / sizeof(scalar_t) - 1));
-}
-
-// The whole chunks of 16 bytes of a run, and the elements before and behind them.
-template <class scalar_t>
-struct Run {
-  static constexpr int kChunk = 16 / sizeof(scalar_t);
-  int head, chunks, tail;
-
-  COTNET_DEVICE Run(int64_t begin, int elements) {
-    head = (kChunk - place_in_chunk<scalar_t>(unsigned(begin))) & (kChunk - 1);
-    head = head < elements ? head : elements;
-    chunks = (elements - head) / kChunk;
-    tail = elements - head - chunks * kChunk;
-  }
-  // Element with which loose element `i` of head + tail lies.
-  COTNET_DEVICE int loose(int i) const { return i < head ? i : i + chunks * kChunk; }
-};
-
-// Copies elements [begin, begin + elements) of an array; `thread` of `threads` that share the work. They are at `to` after
-// the wait for asynchronous copies and a barrier.
-template <class scalar_t>
-COTNET_DEVICE void load_run(scalar_t* to, const scalar_t* array, int64_t begin, int elements, int thread, int threads) {
-  const Run<scalar_t> run(begin, elements);
-  const scalar_t* const from = array + begin;
-  COTNET_UNROLL_BY(2)  // copies do not wait for each other: more would only take registers
-  for (int i = thread; i < run.chunks; i += threads) {
-    const int element = run.head + i * run.kChunk;
-    cp_async_16(to + element, from + element);
-  }
-  COTNET_UNROLL_BY(1)
-  for (int i = thread; i < run.head + run.tail; i += threads) to[run.loose(i)] = load_vec<1>(from + run.loose(i)).at[0];
-}
-
-template <class scalar_t>
-COTNET_DEVICE void store_run(scalar_t* array, const scalar_t* from, int64_t begin, int elements, int thread, int threads) {
-  const Run<scalar_t> run(begin, elements);
-  scalar_t* const to = array + begin;
-  COTNET_UNROLL_BY(2)
-  for (int i = thread; i < run.chunks; i += threads) {
-    const int element = run.head + i * run.kChunk;
-    store_vec(to + element, *reinterpret_cast<const Pack<scalar_t, Run<scalar_t>::kChunk>*>(from + element));
-  }
-  COTNET_UNROLL_BY(1)
-  for (int i = thread; i < run.head + run.tail; i += threads)
-    store_vec(to + run.loose(i), Pack<scalar_t, 1>{{from[run.loose(i)]}});
-}
+// ---- columns in shared memory
 
 // Four neighbouring columns from shared memory, kVector of them in one access.
 template <int kVector, class scalar_t>
@@ -134,8 +84,15 @@ COTNET_DEVICE void read_columns(const scalar_t* from, acc_t<scalar_t>* to) {
   COTNET_UNROLL
   for (int i = 0; i < kTileColumns; i += kVector) {
     const auto pack = *reinterpret_cast<const Pack<scalar_t, kVector>*>(from + i);
-    COTNET_UNROLL
-    for (int k = 0; k < kVector; ++k) to[i + k] = widen(pack.at[k]);
+    if constexpr (sizeof(scalar_t) == 2 && kVector > 1) {
+      uint32_t words[kVector / 2];
+      std::memcpy(words, &pack, sizeof(pack));
+      COTNET_UNROLL
+      for (int k = 0; k < kVector; k += 2) widen_pair<scalar_t>(words[k / 2], to[i + k], to[i + k + 1]);
+    } else {
+      COTNET_UNROLL
+      for (int k = 0; k < kVector; ++k) to[i + k] = widen(pack.at[k]);
+    }
   }
 }
 
@@ -221,16 +178,23 @@ struct TilePlace {
     if (tile.strips == 1) return body(0, 9 * planes * int(p.out_plane()), thread, threads);
     for (int t = thread / 32; t < 9; t += threads / 32) body(t, (kMirrored ? loaded : rows) * width, thread % 32, 32);
   }
+  COTNET_DEVICE int weight_runs(const Tile& tile) const { return tile.strips == 1 ? 1 : 9; }
   COTNET_DEVICE void load_weights(const AggregationProblem& p, const Tile& tile, scalar_t* to, const scalar_t* raw, int thread,
                                   int threads) const {
     each_weight_run(p, tile, thread, threads, [&](int t, int elements, int i, int count) {
       load_run(to + weight_offset(tile, t, 0, 0), raw, tap(p, t), elements, i, count);
     });
   }
-  COTNET_DEVICE void store_weights(const AggregationProblem& p, const Tile& tile, scalar_t* to, const scalar_t* from, int thread,
-                                   int threads) const {
+  COTNET_DEVICE void load_weights(const TileCopies<scalar_t>& copies, const AggregationProblem& p, const Tile& tile,
+                                  scalar_t* to, const scalar_t* raw, int thread, int threads) const {
     each_weight_run(p, tile, thread, threads, [&](int t, int elements, int i, int count) {
-      store_run(to, from + weight_offset(tile, t, 0, 0), tap(p, t), elements, i, count);
+      copies.load(to + weight_offset(tile, t, 0, 0), raw, tap(p, t), elements, i, count);
+    });
+  }
+  COTNET_DEVICE void store_weights(const TileCopies<scalar_t>& copies, const AggregationProblem& p, const Tile& tile,
+                                   scalar_t* to, const scalar_t* from, int thread, int threads) const {
+    each_weight_run(p, tile, thread, threads, [&](int t, int elements, int i, int count) {
+      copies.store(to, from + weight_offset(tile, t, 0, 0), tap(p, t), elements, i, count);
     });
   }
 };
@@ -243,7 +207,7 @@ aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weigh
                         scalar_t* y /* [N, C, H, W] */) {
   using acc = acc_t<scalar_t>;
   COTNET_SHARED_DYNAMIC(memory);
-  // Before the first element is room for the column before it, which is read and not used.
+  // Before the first element is room for the barrier of the copies and the column before it, which is read and not used.
   scalar_t* const x_tile = reinterpret_cast<scalar_t*>(memory) + 16 / sizeof(scalar_t);  // [kSharers, planes, rows, W]
   scalar_t* const w_tile = x_tile + kSharers * tile.x_stride;                       // [planes, 9, rows, W]
   const int width = int(p.cols.out), height = int(p.rows.out), plane = height * width;
@@ -251,15 +215,13 @@ aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weigh
   const TilePlace<scalar_t, kMirrored> at(p, tile);
   const bool strips = tile.strips > 1;
 
-  at.load_weights(p, tile, w_tile, raw, thread, threads);
+  TileCopies<scalar_t> copies(tile.bulk, memory, kSharers + at.weight_runs(tile));
+  at.load_weights(copies, p, tile, w_tile, raw, thread, threads);
   for (int j = warp; j < kSharers; j += threads / 32) {
-    const int64_t begin = at.channel(p, j);
-    load_run(x_tile + at.channel_offset(tile, j), x, begin, strips ? at.loaded * width : at.planes * plane, lane,
-             32);
+    const int elements = strips ? at.loaded * width : at.planes * plane;
+    copies.load(x_tile + at.channel_offset(tile, j), x, at.channel(p, j), elements, lane, 32);
   }
-  cp_async_commit();
-  cp_async_wait<0>();
-  sync_block();
+  copies.wait();
 
   // Four columns from `column` of row `row` of one plane; threads beyond the last item have nothing to compute. The last
   // four columns of a row end with it and may overlap the four before: both threads compute and write the same bits.
@@ -319,13 +281,12 @@ aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weigh
     COTNET_UNROLL
     for (int j = 0; j < kSharers; ++j) write_columns<kVector>(x_tile + at.channel_offset(tile, j) + offset, sums[j]);
   }
-  sync_block();
+  copies.ready_to_store();
   for (int j = warp; j < kSharers; j += threads / 32) {
-    const int64_t begin = at.channel(p, j);
-    const int skipped = (at.first_row - at.first_loaded) * width;
-    store_run(y, x_tile + at.channel_offset(tile, j) + skipped, begin + skipped,
-              strips ? at.rows * width : at.planes * plane, lane, 32);
+    const int skipped = (at.first_row - at.first_loaded) * width, elements = strips ? at.rows * width : at.planes * plane;
+    copies.store(y, x_tile + at.channel_offset(tile, j) + skipped, at.channel(p, j) + skipped, elements, lane, 32);
   }
+  copies.finish();
 }
 
 // True when a tile kernel was launched. raw: the weights before their transformation.

@@ -113,7 +113,8 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
   const bool strips = tile.strips > 1;
   const int skipped = (at.first_row - at.first_loaded) * width, computed = strips ? at.rows * width : at.planes * plane;
 
-  if (Sink::kNeedsWeights) at.load_weights(p, tile, w_tile, raw, thread, threads);
+  TileCopies<scalar_t> copies(tile.bulk, memory, 2 * kSharers + (Sink::kNeedsWeights ? at.weight_runs(tile) : 0));
+  if (Sink::kNeedsWeights) at.load_weights(copies, p, tile, w_tile, raw, thread, threads);
   const int segment = thread % tile.segments, line = thread / tile.segments;
   const int of_plane = line / at.rows, row = at.first_row + line - of_plane * at.rows;
   const int column = segment * kTileColumns < width - kTileColumns ? segment * kTileColumns : width - kTileColumns;
@@ -123,14 +124,14 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
   const int chunks = int(p.sharing() / kSharers);
   for (int chunk = 0; chunk < chunks; ++chunk, at.next_channels(p, kSharers)) {
     if (chunk > 0) sync_block();  // all have read the channels before
+    if (Sink::kNeedsWeights && chunk > 0)
+      at.each_weight_run(p, tile, thread, threads, [&](int, int, int i, int) { copies.load_nothing(i); });
     for (int j = warp; j < kSharers; j += threads / 32) {
       const int64_t begin = at.channel(p, j);
-      load_run(x_tile + at.channel_offset(tile, j), x, begin, strips ? at.loaded * width : computed, lane, 32);
-      load_run(g_tile + at.second_offset(tile, j, skipped), grad_y, begin + skipped, computed, lane, 32);
+      copies.load(x_tile + at.channel_offset(tile, j), x, begin, strips ? at.loaded * width : computed, lane, 32);
+      copies.load(g_tile + at.second_offset(tile, j, skipped), grad_y, begin + skipped, computed, lane, 32);
     }
-    cp_async_commit();
-    cp_async_wait<0>();
-    sync_block();
+    copies.wait();
     if (!busy) continue;
     COTNET_UNROLL_BY(4)  // all eight at once need more registers for addresses than there are
     for (int j = 0; j < kSharers; ++j) {
@@ -180,8 +181,9 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
     for (int t = 0; t < 9; ++t)
       write_columns<kVector>(x_tile + at.weight_offset(tile, t, of_plane, plane) + offset, sums[t]);
   }
-  sync_block();
-  at.store_weights(p, tile, grad_w, x_tile, thread, threads);
+  copies.ready_to_store();
+  at.store_weights(copies, p, tile, grad_w, x_tile, thread, threads);
+  copies.finish();
 }
 
 // True when a tile kernel was launched. raw may be null where the sink needs no weights.

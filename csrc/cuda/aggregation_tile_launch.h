@@ -17,6 +17,12 @@ constexpr int kTileColumns = 4;
 // Largest block: one thread for each four columns of each row of a tile.
 constexpr int kTileThreads = 256;
 
+// Whether tiles come and go by bulk copies (sm_90) where all their runs are whole chunks of 16 bytes, rather than by copies of
+// 16 bytes. A run then takes one thread's instructions, not address arithmetic of all threads: 17 to 19 percent of those of
+// the kernel. Against it speaks that runs of small maps begin at odd multiples of 16 bytes, where CUB prefers 128 on Hopper:
+// a benchmark with `false` here says what that costs.
+constexpr bool kTileBulk = true;
+
 // A block owns `rows` rows of the planes of `planes` consecutive weight channels, for `channels` channels of each. Several
 // planes only when it has all rows: they follow each other in memory, and so planes of 98 bytes move in runs of 784.
 struct Tile {
@@ -31,6 +37,7 @@ struct Tile {
   int second_stride = 0;  // the same of the second map
   int w_stride = 0;  // the same from one tap to the next when there are several strips
   int vector = 1;    // columns that are aligned together in every row
+  bool bulk = false;  // runs move whole
   Launch launch;
 
   bool possible() const { return planes > 0; }
@@ -77,6 +84,13 @@ inline int64_t measure(Tile& t, const AggregationProblem& p, int element_bytes, 
   return 16 + bytes;
 }
 
+// Whether all runs are whole chunks, from a multiple of 16 bytes on.
+inline bool whole_chunks(const Tile& t, const AggregationProblem& p, int element_bytes) {
+  const int64_t row = p.cols.out * element_bytes, plane = p.rows.out * row;
+  if (t.strips > 1) return row % 16 == 0;
+  return plane % 16 == 0 || (t.planes * plane % 16 == 0 && p.weight_channels % t.planes == 0);
+}
+
 }  // namespace tile
 
 inline Tile choose_aggregation_tile(const AggregationProblem& p, int element_bytes, bool aligned, const TileNeeds& needs,
@@ -108,6 +122,7 @@ inline Tile choose_aggregation_tile(const AggregationProblem& p, int element_byt
     --t.planes;
     break;
   }
+  t.bulk = kTileBulk && numbers.arch >= 90 && tile::whole_chunks(t, p, element_bytes);
   t.launch.shared_bytes = unsigned(tile::measure(t, p, element_bytes, needs));
   t.launch.threads = unsigned(ceil_div(t.planes * items, 32) * 32);
   t.plane_groups = int(ceil_div(p.weight_channels, t.planes));

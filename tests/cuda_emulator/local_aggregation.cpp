@@ -30,12 +30,12 @@ COTNET_BINDINGS(m) {
     if (!direct.possible()) return py::none();
     return py::make_tuple(direct.row_vectors, direct.plane_vectors, direct.threads, direct.launch.grid_x);
   });
-  // (planes, rows, strips, threads, bytes of shared memory) of a block, or None.
+  // (planes, rows, strips, threads, bytes of shared memory) of a block and whether its runs move whole, or None.
   m.def("choose_aggregation_tile", [](const py::tuple& problem, int element_bytes, bool aligned, bool backward,
                                       const py::tuple& device) -> py::object {
     const Tile tile =
         choose_aggregation_tile(aggregation_problem(problem), element_bytes, aligned, {true, backward, backward}, device_numbers(device));
     if (!tile.possible()) return py::none();
-    return py::make_tuple(tile.planes, tile.rows, tile.strips, tile.launch.threads, tile.launch.shared_bytes);
+    return py::make_tuple(tile.planes, tile.rows, tile.strips, tile.launch.threads, tile.launch.shared_bytes, tile.bulk);
   });
 }
