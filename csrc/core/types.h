@@ -55,6 +55,23 @@ COTNET_HD inline float widen(Half a) {
 #endif
 }
 
+// Two neighbours at once, as one word of memory holds them: their halves are not cut out first.
+template <class scalar_t>
+COTNET_HD inline void widen_pair(uint32_t word, float& first, float& second);
+template <>
+COTNET_HD inline void widen_pair<BFloat16>(uint32_t word, float& first, float& second) {
+  first = bit_cast<float>(word << 16);
+#if defined(__CUDA_ARCH__)  // the compiler would load the second half once more
+  asm("and.b32 %0, %1, 0xffff0000;" : "=r"(word) : "r"(word));
+#endif
+  second = bit_cast<float>(word & 0xffff0000u);
+}
+template <>
+COTNET_HD inline void widen_pair<Half>(uint32_t word, float& first, float& second) {
+  first = widen(Half{uint16_t(word)});
+  second = widen(Half{uint16_t(word >> 16)});
+}
+
 template <class scalar_t>
 COTNET_HD scalar_t narrow(acc_t<scalar_t> a);
 
