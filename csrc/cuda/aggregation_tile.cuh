@@ -109,6 +109,9 @@ COTNET_DEVICE void write_columns(scalar_t* to, const acc_t<scalar_t>* from) {
 
 // ---- the tile of a block
 
+// a / b of numbers up to kTileThreads, exact: from the next whole number (a + 0.5) / b is 0.5 / b away, and rounded by less.
+COTNET_DEVICE int quotient(int a, float one_by_b) { return int((float(a) + 0.5f) * one_by_b); }
+
 // kMirrored: weights are needed wherever x is.
 template <class scalar_t, bool kMirrored>
 struct TilePlace {
@@ -123,15 +126,20 @@ struct TilePlace {
 
   COTNET_DEVICE TilePlace(const AggregationProblem& p, const Tile& tile) {
     const unsigned weight_channels = unsigned(p.weight_channels), plane_groups = unsigned(tile.plane_groups);
-    unsigned rest = blockIdx.x;
-    const unsigned strip = rest % unsigned(tile.strips);
-    rest /= unsigned(tile.strips);
+    unsigned rest = blockIdx.x, strip = 0, chunk = 0;
+    if (tile.strips > 1) {  // divisions take a good part of a block's instructions
+      strip = rest % unsigned(tile.strips);
+      rest /= unsigned(tile.strips);
+    }
     const unsigned group = rest % plane_groups * unsigned(tile.planes);
     rest /= plane_groups;
-    const unsigned chunks = unsigned(tile.chunks), chunk = rest % chunks;
+    if (tile.chunks > 1) {
+      chunk = rest % unsigned(tile.chunks);
+      rest /= unsigned(tile.chunks);
+    }
     weight_channel = group;
     first_channel = int64_t(chunk) * tile.channels * p.weight_channels + group;
-    image = rest / chunks;
+    image = rest;
     planes = weight_channels - group < unsigned(tile.planes) ? int(weight_channels - group) : tile.planes;
     const int height = int(p.rows.out);
     first_row = int(strip) * tile.rows;
@@ -151,17 +159,17 @@ struct TilePlace {
   COTNET_DEVICE int64_t tap(const AggregationProblem& p, int t) const {
     return ((image * p.weight_channels + weight_channel) * 9 + t) * p.out_plane() + w_first * p.cols.out;
   }
-  // Where they are in the tile.
+  // Where the first of them are in the tile; the others follow at the distances of the tile. `skipped`: of a second map without
+  // the rows around, which begins so many elements later.
+  COTNET_DEVICE int x_place(int skipped = 0) const { return place_in_chunk<scalar_t>(x_start + unsigned(skipped)); }
+  COTNET_DEVICE int w_place() const { return place_in_chunk<scalar_t>(w_start); }
+  // The same in tiles whose distances are whole chunks.
   COTNET_DEVICE int channel_offset(const Tile& tile, int j) const {
     return j * tile.x_stride + place_in_chunk<scalar_t>(x_start + unsigned(j) * x_step);
   }
   COTNET_DEVICE int weight_offset(const Tile& tile, int t, int of_plane, int plane) const {
     if (tile.strips > 1) return t * tile.w_stride + place_in_chunk<scalar_t>(w_start + unsigned(t) * w_step);
     return (of_plane * 9 + t) * plane + place_in_chunk<scalar_t>(w_start);
-  }
-  // The same for a second map without the rows around, which begins `skipped` elements later.
-  COTNET_DEVICE int second_offset(const Tile& tile, int j, int skipped) const {
-    return j * tile.second_stride + place_in_chunk<scalar_t>(x_start + unsigned(j) * x_step + unsigned(skipped));
   }
   // On to the next channels that share their weights.
   COTNET_DEVICE void next_channels(const AggregationProblem& p, int channels = kTileChannels) {
@@ -188,13 +196,13 @@ struct TilePlace {
   COTNET_DEVICE void load_weights(const TileCopies<scalar_t>& copies, const AggregationProblem& p, const Tile& tile,
                                   scalar_t* to, const scalar_t* raw, int thread, int threads) const {
     each_weight_run(p, tile, thread, threads, [&](int t, int elements, int i, int count) {
-      copies.load(to + weight_offset(tile, t, 0, 0), raw, tap(p, t), elements, i, count);
+      copies.load(to + w_place() + t * tile.w_stride, raw, tap(p, t), elements, i, count);
     });
   }
   COTNET_DEVICE void store_weights(const TileCopies<scalar_t>& copies, const AggregationProblem& p, const Tile& tile,
                                    scalar_t* to, const scalar_t* from, int thread, int threads) const {
     each_weight_run(p, tile, thread, threads, [&](int t, int elements, int i, int count) {
-      copies.store(to, from + weight_offset(tile, t, 0, 0), tap(p, t), elements, i, count);
+      copies.store(to, from + w_place() + t * tile.w_stride, tap(p, t), elements, i, count);
     });
   }
 };
@@ -209,36 +217,38 @@ aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weigh
   COTNET_SHARED_DYNAMIC(memory);
   // Before the first element is room for the barrier of the copies and the column before it, which is read and not used.
   scalar_t* const x_tile = reinterpret_cast<scalar_t*>(memory) + 16 / sizeof(scalar_t);  // [kSharers, planes, rows, W]
-  scalar_t* const w_tile = x_tile + kSharers * tile.x_stride;                       // [planes, 9, rows, W]
+  scalar_t* const w_tile = x_tile + tile.w_start;                                       // [planes, 9, rows, W]
   const int width = int(p.cols.out), height = int(p.rows.out), plane = height * width;
   const int threads = int(blockDim.x), thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const TilePlace<scalar_t, kMirrored> at(p, tile);
   const bool strips = tile.strips > 1;
+  scalar_t* const x_first = x_tile + at.x_place();  // of the first channel
 
   TileCopies<scalar_t> copies(tile.bulk, memory, kSharers + at.weight_runs(tile));
   at.load_weights(copies, p, tile, w_tile, raw, thread, threads);
   for (int j = warp; j < kSharers; j += threads / 32) {
     const int elements = strips ? at.loaded * width : at.planes * plane;
-    copies.load(x_tile + at.channel_offset(tile, j), x, at.channel(p, j), elements, lane, 32);
+    copies.load(x_first + j * tile.x_stride, x, at.channel(p, j), elements, lane, 32);
   }
   copies.wait();
 
   // Four columns from `column` of row `row` of one plane; threads beyond the last item have nothing to compute. The last
   // four columns of a row end with it and may overlap the four before: both threads compute and write the same bits.
-  const int segment = thread % tile.segments, line = thread / tile.segments;
-  const int of_plane = line / at.rows, row = at.first_row + line - of_plane * at.rows;
+  const int line = quotient(thread, tile.per_segment), segment = thread - line * tile.segments;
+  const int of_plane = quotient(line, tile.per_row), row = at.first_row + line - of_plane * tile.rows;
   const int column = segment * kTileColumns < width - kTileColumns ? segment * kTileColumns : width - kTileColumns;
-  const bool busy = of_plane < at.planes, first_column = column == 0, last_column = column == width - kTileColumns;
+  const bool busy = of_plane < at.planes && row < height;
+  const bool first_column = column == 0, last_column = column == width - kTileColumns;
   acc sums[kSharers][kTileColumns] = {};
   if (busy) {
     acc w[9][kTileColumns];
+    const scalar_t* const w_first = w_tile + at.w_place() + of_plane * 9 * plane + column;
     COTNET_UNROLL
     for (int t = 0; t < 9; ++t) {
       // In the mirrored sum tap t of a position comes from where tap t leads to it. Rows outside are not summed.
       const int down = kMirrored ? 1 - t / 3 : 0, right = kMirrored ? 1 - t % 3 : 0;
       const int from_row = row + down >= 0 && row + down < height ? row + down : row;
-      const scalar_t* const from =
-          w_tile + at.weight_offset(tile, t, of_plane, plane) + (from_row - at.w_first) * width + column;
+      const scalar_t* const from = w_first + t * tile.w_stride + (from_row - at.w_first) * width;
       if (right == 0) read_columns<kVector>(from, w[t]);
       else read_columns<1>(from + right, w[t]);
     }
@@ -256,10 +266,9 @@ aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weigh
     for (int u = 0; u < 3; ++u) {
       const int source = row + u - 1;
       if (source < 0 || source >= height) continue;
-      const int offset = of_plane * plane + (source - at.first_loaded) * width + column;
+      const scalar_t* from = x_first + of_plane * plane + (source - at.first_loaded) * width + column;
       COTNET_UNROLL
-      for (int j = 0; j < kSharers; ++j) {
-        const scalar_t* const from = x_tile + at.channel_offset(tile, j) + offset;
+      for (int j = 0; j < kSharers; ++j, from += tile.x_stride) {
         acc values[kTileColumns + 2];  // columns column - 1 to column + 4, zero outside of the map
         values[0] = first_column ? acc(0) : widen(from[-1]);
         read_columns<kVector>(from, values + 1);
@@ -277,14 +286,14 @@ aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weigh
 
   // y takes the place of x in the tile.
   if (busy) {
-    const int offset = of_plane * plane + (row - at.first_loaded) * width + column;
+    scalar_t* const to = x_first + of_plane * plane + (row - at.first_loaded) * width + column;
     COTNET_UNROLL
-    for (int j = 0; j < kSharers; ++j) write_columns<kVector>(x_tile + at.channel_offset(tile, j) + offset, sums[j]);
+    for (int j = 0; j < kSharers; ++j) write_columns<kVector>(to + j * tile.x_stride, sums[j]);
   }
   copies.ready_to_store();
   for (int j = warp; j < kSharers; j += threads / 32) {
     const int skipped = (at.first_row - at.first_loaded) * width, elements = strips ? at.rows * width : at.planes * plane;
-    copies.store(y, x_tile + at.channel_offset(tile, j) + skipped, at.channel(p, j) + skipped, elements, lane, 32);
+    copies.store(y, x_first + j * tile.x_stride + skipped, at.channel(p, j) + skipped, elements, lane, 32);
   }
   copies.finish();
 }

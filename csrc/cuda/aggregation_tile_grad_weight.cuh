@@ -82,15 +82,20 @@ struct NormSumsSink {
       parts[(2 * t + 1) * busy + thread] = sum_normed;
     }
   }
-  // Eight threads sum each of the 18 numbers of a plane over its `items` threads, then over each other.
-  COTNET_DEVICE void reduce(int64_t first_unit, int planes, int items, const acc* parts, int thread, int threads) const {
+  // Eight threads sum each of the 18 numbers of a plane over its `items` threads, then over each other. totals: [planes, 18] in
+  // shared memory for those who need them in this block, or null.
+  COTNET_DEVICE void reduce(int64_t first_unit, int planes, int items, const acc* parts, int thread, int threads,
+                            double* totals = nullptr) const {
     for (int first = 0; first < 8 * 18 * planes; first += threads) {
       const int part = (first + thread) % 8, number = (first + thread) / 8 % 18, of_plane = (first + thread) / (8 * 18);
       double total = 0;
       if (of_plane < planes)
         for (int i = part; i < items; i += 8) total += double(parts[(number * planes + of_plane) * items + i]);
       for (int distance = 4; distance > 0; distance /= 2) total += shuffle_xor(kAllLanes, total, distance);
-      if (part == 0 && of_plane < planes) store_vec(sums + (first_unit + of_plane) * 18 + number, Pack<double, 1>{{total}});
+      if (part == 0 && of_plane < planes) {
+        store_vec(sums + (first_unit + of_plane) * 18 + number, Pack<double, 1>{{total}});
+        if (totals) totals[of_plane * 18 + number] = total;
+      }
     }
   }
 };
@@ -104,8 +109,8 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
   using acc = acc_t<scalar_t>;
   COTNET_SHARED_DYNAMIC(memory);
   scalar_t* const x_tile = reinterpret_cast<scalar_t*>(memory) + 16 / sizeof(scalar_t);  // [kSharers, planes, rows, W]
-  scalar_t* const g_tile = x_tile + kSharers * tile.x_stride;                       // [kSharers, planes, rows, W]
-  scalar_t* const w_tile = g_tile + kSharers * tile.second_stride;                  // [planes, 9, rows, W]
+  scalar_t* const g_tile = x_tile + tile.second_start;                                  // [kSharers, planes, rows, W]
+  scalar_t* const w_tile = x_tile + tile.w_start;                                       // [planes, 9, rows, W]
   [[maybe_unused]] acc* const parts = reinterpret_cast<acc*>(memory);  // [18, busy threads]
   const int width = int(p.cols.out), height = int(p.rows.out), plane = height * width;
   const int threads = int(blockDim.x), thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
@@ -115,10 +120,11 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
 
   TileCopies<scalar_t> copies(tile.bulk, memory, 2 * kSharers + (Sink::kNeedsWeights ? at.weight_runs(tile) : 0));
   if (Sink::kNeedsWeights) at.load_weights(copies, p, tile, w_tile, raw, thread, threads);
-  const int segment = thread % tile.segments, line = thread / tile.segments;
-  const int of_plane = line / at.rows, row = at.first_row + line - of_plane * at.rows;
+  const int line = quotient(thread, tile.per_segment), segment = thread - line * tile.segments;
+  const int of_plane = quotient(line, tile.per_row), row = at.first_row + line - of_plane * tile.rows;
   const int column = segment * kTileColumns < width - kTileColumns ? segment * kTileColumns : width - kTileColumns;
-  const bool busy = of_plane < at.planes, first_column = column == 0, last_column = column == width - kTileColumns;
+  const bool busy = of_plane < at.planes && row < height;
+  const bool first_column = column == 0, last_column = column == width - kTileColumns;
   const int offset = (row - at.first_row) * width + column;  // within the computed rows
   acc sums[9][kTileColumns] = {};
   const int chunks = int(p.sharing() / kSharers);
@@ -126,24 +132,25 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
     if (chunk > 0) sync_block();  // all have read the channels before
     if (Sink::kNeedsWeights && chunk > 0)
       at.each_weight_run(p, tile, thread, threads, [&](int, int, int i, int) { copies.load_nothing(i); });
+    scalar_t* const x_first = x_tile + at.x_place();  // of the first channel
+    scalar_t* const g_first = g_tile + at.x_place(skipped);
     for (int j = warp; j < kSharers; j += threads / 32) {
       const int64_t begin = at.channel(p, j);
-      copies.load(x_tile + at.channel_offset(tile, j), x, begin, strips ? at.loaded * width : computed, lane, 32);
-      copies.load(g_tile + at.second_offset(tile, j, skipped), grad_y, begin + skipped, computed, lane, 32);
+      copies.load(x_first + j * tile.x_stride, x, begin, strips ? at.loaded * width : computed, lane, 32);
+      copies.load(g_first + j * tile.second_stride, grad_y, begin + skipped, computed, lane, 32);
     }
     copies.wait();
     if (!busy) continue;
     COTNET_UNROLL_BY(4)  // all eight at once need more registers for addresses than there are
     for (int j = 0; j < kSharers; ++j) {
       acc grads[kTileColumns];
-      read_columns<kVector>(
-          g_tile + at.second_offset(tile, j, skipped) + of_plane * plane + offset, grads);
+      read_columns<kVector>(g_first + j * tile.second_stride + of_plane * plane + offset, grads);
       COTNET_UNROLL
       for (int u = 0; u < 3; ++u) {
         const int source = row + u - 1;
         if (source < 0 || source >= height) continue;
         const scalar_t* const from =
-            x_tile + at.channel_offset(tile, j) + of_plane * plane + (source - at.first_loaded) * width + column;
+            x_first + j * tile.x_stride + of_plane * plane + (source - at.first_loaded) * width + column;
         acc values[kTileColumns + 2];  // columns column - 1 to column + 4, zero outside of the map
         values[0] = first_column ? acc(0) : widen(from[-1]);
         read_columns<kVector>(from, values + 1);
@@ -160,7 +167,7 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
   if (Sink::kNeedsWeights && busy) {
     COTNET_UNROLL
     for (int t = 0; t < 9; ++t)
-      read_columns<kVector>(w_tile + at.weight_offset(tile, t, of_plane, plane) + offset, w[t]);
+      read_columns<kVector>(w_tile + at.w_place() + of_plane * 9 * plane + t * tile.w_stride + offset, w[t]);
   }
   if (Sink::kSums) sync_block();  // what is summed over threads takes the place of all that was loaded
   if (busy) {
@@ -179,7 +186,7 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
   if (busy) {
     COTNET_UNROLL
     for (int t = 0; t < 9; ++t)
-      write_columns<kVector>(x_tile + at.weight_offset(tile, t, of_plane, plane) + offset, sums[t]);
+      write_columns<kVector>(x_tile + at.w_place() + of_plane * 9 * plane + t * tile.w_stride + offset, sums[t]);
   }
   copies.ready_to_store();
   at.store_weights(copies, p, tile, grad_w, x_tile, thread, threads);

@@ -33,9 +33,11 @@ struct Tile {
   int channels = 0;      // that share a weight: kTileChannels, 4 or 2
   int chunks = 0;        // of as many
   int segments = 0;  // of kTileColumns in a row, the last may overlap the one before
-  int x_stride = 0;  // elements of shared memory from one channel to the next
-  int second_stride = 0;  // the same of the second map
-  int w_stride = 0;  // the same from one tap to the next when there are several strips
+  // Elements of shared memory from one channel to the next, of the second map too, and from one tap to the next; and before
+  // the second map and the weights.
+  int x_stride = 0, second_stride = 0, w_stride = 0;
+  int second_start = 0, w_start = 0;
+  float per_segment = 0, per_row = 0;  // 1/segments, 1/rows
   int vector = 1;    // columns that are aligned together in every row
   bool bulk = false;  // runs move whole
   Launch launch;
@@ -58,6 +60,13 @@ inline int64_t room(int64_t elements, int element_bytes) {
   return ceil_div(elements + chunk + kTileColumns, chunk) * chunk;
 }
 
+// The distance of runs that begin `step` elements from each other in memory. It is the same within 16 bytes, so that each run
+// keeps its place within 16 bytes, and so does its neighbour at this distance.
+inline int64_t distance(int64_t elements, int64_t step, int element_bytes) {
+  return room(elements, element_bytes) + step % (16 / element_bytes);
+}
+inline int64_t whole(int64_t elements, int element_bytes) { return ceil_div(elements, 16 / element_bytes) * (16 / element_bytes); }
+
 inline int channels_of(const AggregationProblem& p) {
   for (int channels = kTileChannels; channels > 1; channels /= 2)
     if (p.sharing() % channels == 0) return channels;
@@ -70,15 +79,17 @@ inline bool allows(const AggregationProblem& p, int element_bytes) {
          channels_of(p) > 0 && element_bytes <= 4;
 }
 
-// Bytes of shared memory; fills in the strides.
+// Bytes of shared memory; fills in where its parts are.
 inline int64_t measure(Tile& t, const AggregationProblem& p, int element_bytes, const TileNeeds& needs) {
-  const int64_t halo = t.strips > 1 ? 2 : 0, width = p.cols.out;
-  t.x_stride = int(room(t.planes * (t.rows + halo) * width, element_bytes));
-  t.w_stride = int(room((t.rows + (needs.weight_halo ? halo : 0)) * width, element_bytes));
-  const int64_t w = t.strips > 1 ? 9 * int64_t(t.w_stride) : room(9 * t.planes * t.rows * width, element_bytes);
-  t.second_stride = int(room(t.planes * t.rows * width, element_bytes));
-  const int64_t maps = int64_t(t.channels) * (t.x_stride + (needs.second_map ? t.second_stride : 0));
-  int64_t bytes = (maps + (needs.weights ? w : 0)) * element_bytes;
+  const int64_t halo = t.strips > 1 ? 2 : 0, width = p.cols.out, plane = p.out_plane(), step = p.weight_channels * plane;
+  t.x_stride = int(distance(t.planes * (t.rows + halo) * width, step, element_bytes));
+  t.second_stride = int(distance(t.planes * t.rows * width, step, element_bytes));
+  t.second_start = int(whole(t.channels * int64_t(t.x_stride), element_bytes));
+  t.w_start = needs.second_map ? int(whole(t.second_start + t.channels * int64_t(t.second_stride), element_bytes)) : t.second_start;
+  const int64_t w_rows = t.rows + (needs.weight_halo ? halo : 0);
+  t.w_stride = int(t.strips > 1 ? distance(w_rows * width, plane, element_bytes) : plane);
+  const int64_t w = t.strips > 1 ? 9 * int64_t(t.w_stride) : room(9 * t.planes * plane, element_bytes);
+  int64_t bytes = (t.w_start + (needs.weights ? w : 0)) * element_bytes;
   // The gradient of the weights, or two sums of each thread for each tap, take the place of what was loaded.
   if (needs.second_map) bytes = std::max({bytes, w * element_bytes, t.planes * t.rows * t.segments * 18 * int64_t(4)});
   return 16 + bytes;
@@ -113,17 +124,28 @@ inline Tile choose_aggregation_tile(const AggregationProblem& p, int element_byt
     if (t.rows == 1) return Tile{};
   }
   t.strips = int(ceil_div(height, t.rows));
-  // Planes until runs are multiples of 16 bytes and three warps are busy.
+  // Several planes where they are small. Three warps should have work, runs be whole chunks of 16 bytes, and no more than a
+  // sixteenth of the lanes idle, as the kernels are as much bound by instructions as by memory; the fewest planes that do.
   const int64_t items = t.rows * segments;
-  while (t.strips == 1 && t.planes < p.weight_channels && (t.planes + 1) * items <= kTileThreads &&
-         (t.planes * items < 96 || t.planes * height * width * element_bytes % 16 != 0)) {
-    ++t.planes;
-    if (tile::measure(t, p, element_bytes, needs) <= most_bytes) continue;
-    --t.planes;
-    break;
+  int most = 1;
+  for (t.planes = 2; t.strips == 1 && t.planes <= p.weight_channels && t.planes * items <= kTileThreads; ++t.planes) {
+    if (tile::measure(t, p, element_bytes, needs) > most_bytes) break;
+    most = t.planes;
   }
+  const auto suits = [&](int64_t planes, int wishes) {
+    const int64_t lanes = ceil_div(planes * items, 32) * 32;
+    return planes * items >= 96 && (wishes < 1 || planes * height * width * element_bytes % 16 == 0) &&
+           (wishes < 2 || 16 * (lanes - planes * items) <= lanes);
+  };
+  t.planes = 0;
+  for (int wishes = 2; wishes >= 0 && t.planes == 0; --wishes)
+    for (int planes = 1; planes <= most && t.planes == 0; ++planes)
+      if (suits(planes, wishes)) t.planes = planes;
+  if (t.planes == 0) t.planes = most;
   t.bulk = kTileBulk && numbers.arch >= 90 && tile::whole_chunks(t, p, element_bytes);
   t.launch.shared_bytes = unsigned(tile::measure(t, p, element_bytes, needs));
+  t.per_segment = 1 / float(t.segments);
+  t.per_row = 1 / float(t.rows);
   t.launch.threads = unsigned(ceil_div(t.planes * items, 32) * 32);
   t.plane_groups = int(ceil_div(p.weight_channels, t.planes));
   t.chunks = needs.second_map ? 1 : int(p.sharing() / t.channels);
