@@ -42,6 +42,9 @@ def wide(loads: int, stores: int) -> dict[str, int]:
     return {"wide_loads": loads, "wide_stores": stores}
 
 
+ONLY_WIDE = {"narrow_loads": 0, "narrow_stores": 0}
+
+
 def constant(name: str) -> int:
     """A number of the kernels' own, such as the threads of their blocks."""
     folder = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
@@ -50,6 +53,7 @@ def constant(name: str) -> int:
 
 
 TILE = constant("kTileThreads")
+PIXELS, BOTH = constant("kImageThreads"), constant("kImageBackwardThreads")
 DIRECT = constant("kDirectThreads")
 ANY = registers_for(constant("kAnyThreads"), 1)
 ROWS = registers_for(constant("kGateRowThreads"), 1)
@@ -66,13 +70,22 @@ BUDGETS: tuple[Budget, ...] = (
     Budget("aggregation_(forward|grad_input|grad_weight)_kernel", ANY, "a block must fit"),
     # Eleven vectors a row of taps, and nothing narrower but the columns beside a warp's.
     Budget(
-        "aggregation_direct_kernel", registers_for(DIRECT, 3), "three blocks",
-        **wide(11, 8), narrow_stores=0,
+        "aggregation_direct_kernel",
+        registers_for(DIRECT, 3),
+        "three blocks",
+        **wide(11, 8),
+        narrow_stores=0,
     ),  # fmt: skip
     # Runs of a tile come and go in 16 bytes, but for their ends.
     Budget("aggregation_tile_kernel", registers_for(TILE, 2), "two blocks", **wide(6, 3)),
     Budget("aggregation_tile_grad_weight_k.*Sums", registers_for(TILE, 2), "two", **wide(2, 0)),
     Budget("aggregation_tile_grad_weight_kernel", registers_for(TILE, 2), "two", **wide(2, 1)),
+    # channels_last: all moves in 16 bytes, but for numbers of a group norm and sums in double.
+    Budget("aggregation_image_k.*Norm", registers_for(PIXELS, 3), "three blocks", **wide(4, 1)),
+    Budget("aggregation_image_kernel", registers_for(PIXELS, 4), "four", **wide(4, 1), **ONLY_WIDE),
+    Budget("aggregation_image_b.*true>", registers_for(PIXELS, 2), "two blocks", **wide(6, 0)),
+    Budget("aggregation_image_b.*Norm", registers_for(BOTH, 2), "two blocks", **wide(6, 2)),
+    Budget("aggregation_image_b", registers_for(BOTH, 2), "two", **wide(6, 2), **ONLY_WIDE),
     Budget("softmax_normaliser_kernel", registers_for(constant("kAnyThreads"), 3), "three blocks"),
     Budget("group_norm_statistics_kernel", registers_for(NORM, 3), "three blocks: reads w alone"),
     Budget("group_norm_sums_kernel", registers_for(NORM, 1), "a block must fit"),

@@ -30,19 +30,27 @@ def problem(case: Case, last: bool) -> tuple:
     return (*counts, *sizes, reflect, last)
 
 
-def as_map(t: torch.Tensor) -> torch.Tensor:
-    """A weight [N, G, Cw, K, Ho, Wo] seen as a map [N, G*Cw*K, Ho, Wo]; others as they are."""
-    return t.flatten(1, 3) if t.dim() == 6 else t
+def array(t: torch.Tensor, last: bool, offset: int = 0, tap_major: bool = False) -> np.ndarray:
+    """A weight [N, G, Cw, K, Ho, Wo] is laid out as a map [N, G*Cw*K, Ho, Wo], or of G*K*Cw."""
+    if t.dim() == 6:
+        t = (t.transpose(2, 3) if tap_major else t).flatten(1, 3)
+    return array_of(t, last, offset)
 
 
-def array(t: torch.Tensor, last: bool, offset: int = 0) -> np.ndarray:
-    return array_of(as_map(t), last, offset)
-
-
-def tensor(case: Case, a: np.ndarray, shape: tuple, dtype: torch.dtype, last: bool) -> torch.Tensor:
+def tensor(
+    case: Case,
+    a: np.ndarray,
+    shape: tuple,
+    dtype: torch.dtype,
+    last: bool,
+    tap_major: bool = False,
+) -> torch.Tensor:
     if len(shape) == 6:
         flat = (case.batch, case.norm_size, *case.output_size)
-        return tensor_of(a, flat, dtype, last).reshape(shape)
+        n, g, cw, k, h, w = shape
+        order = (n, g, k, cw, h, w) if tap_major else shape
+        t = tensor_of(a, flat, dtype, last).reshape(order)
+        return t.transpose(2, 3) if tap_major else t
     return tensor_of(a, shape, dtype, last)
 
 
@@ -56,20 +64,21 @@ def run(
     gpu: tuple = H200,
     asked: Callable[[str], bool] = lambda name: True,
     offset: int = 0,
+    tap_major: bool = False,
 ) -> Tensors:
     """The output, and gradients of the arguments asked for, of the emulated kernels; what they do
     not write is NaN."""
     dtype = known.grad.dtype
     shapes = {"output": case.output_shape}
     shapes |= {name: tuple(t.shape) for name, t in known.tensors.items()}
-    a = {name: array(t, last, offset) for name, t in known.tensors.items()}
+    a = {name: array(t, last, offset, tap_major) for name, t in known.tensors.items()}
     grad = array(known.grad, last, offset)
     results = {
         name: poisoned(shape, dtype, offset)
         for name, shape in shapes.items()
         if name == "output" or asked(name)
     }
-    start = (name_of(dtype), problem(case, last), gpu)
+    start = (name_of(dtype), (*problem(case, last), tap_major), gpu)
     grads = [results.get(name) for name in function.arguments]
     arguments = [a[name] for name in function.arguments]
     if function is NORM:
@@ -80,7 +89,9 @@ def run(
     else:
         getattr(kernels, function.name)(*start, *arguments, results["output"])
         getattr(kernels, f"{function.name}_backward")(*start, grad, *arguments, *grads)
-    return {name: tensor(case, r, shapes[name], dtype, last) for name, r in results.items()}
+    return {
+        name: tensor(case, r, shapes[name], dtype, last, tap_major) for name, r in results.items()
+    }
 
 
 def check_all(function: Function, results: Tensors, known: Expected) -> None:

@@ -28,6 +28,7 @@ inline COTNET_HD MapStrides map_strides(int64_t channels, int64_t plane, bool ch
 
 inline WeightStrides weight_strides(const AggregationProblem& p) {
   const int64_t taps = p.taps(), plane = p.out_plane(), all = p.heads * p.weight_channels * taps;
+  if (p.tap_major) return {plane * all, 1, p.weight_channels, all};
   if (p.channels_last) return {plane * all, taps, 1, all};
   return {plane * all, taps * plane, plane, 1};
 }

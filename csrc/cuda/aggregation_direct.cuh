@@ -31,7 +31,7 @@ struct DirectWeights<PlainWeights<scalar_t>, kColumns> {
 template <class scalar_t, int kColumns>
 struct DirectWeights<SoftmaxWeights<scalar_t>, kColumns> {
   using acc = acc_t<scalar_t>;
-  acc top[kColumns], total[kColumns] = {};
+  acc top[kColumns] = {}, total[kColumns] = {};
 
   COTNET_DEVICE DirectWeights(const SoftmaxWeights<scalar_t>&, const WeightPlace& at, const scalar_t* from) {
     COTNET_UNROLL

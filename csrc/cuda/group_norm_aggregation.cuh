@@ -5,6 +5,7 @@
 #include "core/operands.h"
 #include "cuda/aggregation.cuh"
 #include "cuda/aggregation_direct.cuh"
+#include "cuda/aggregation_image_backward.cuh"
 #include "cuda/aggregation_tile_grad_weight.cuh"
 #include "cuda/block_sum.cuh"
 #include "cuda/group_norm_aggregation_launch.h"
@@ -17,7 +18,7 @@ constexpr int kNormThreads = 256;
 COTNET_DEVICE int64_t element_of_group(const AggregationProblem& p, const WeightStrides& s, int64_t e) {
   if (!p.channels_last) return e;
   const int64_t tap = split(e, p.taps());
-  return tap + e * s.position;
+  return tap * s.tap + e * s.position;
 }
 
 // A block owns one part of one group: its mean, then the squares of what remains. The second reading is of the cache.
@@ -88,6 +89,7 @@ void group_norm_aggregation_forward(const AggregationProblem& p, const GroupNorm
                 a.mean, a.rstd);
   const NormWeights<scalar_t> weights = norm_weights(p, a);
   if (try_aggregation_direct(p, weights, a.w, a.x, y, stream)) return;
+  if (try_aggregation_image(p, weights, a.w, a.x, y, numbers, stream)) return;
   if (!try_aggregation_tile<false>(p, weights, a.w, a.x, y, numbers, stream))
     launch_aggregation_forward(p, weights, a.x, y, stream);
 }
@@ -204,11 +206,38 @@ struct NormSink {
   }
 };
 
+// All gradients on channels_last maps, when there are kernels for them: the sums from one, and the others from a second.
+template <class scalar_t>
+bool try_group_norm_image_backward(const AggregationProblem& p, const GroupNormOperands<scalar_t>& a, const scalar_t* grad_y,
+                                   scalar_t* grad_x, scalar_t* grad_w, scalar_t* grad_gamma, scalar_t* grad_beta,
+                                   double* scratch, const DeviceNumbers& numbers, Stream stream) {
+  const int64_t units = p.batch * p.heads * p.weight_channels, parameters = p.heads * p.weight_channels * p.taps();
+  const NormWeights<scalar_t> weights = norm_weights(p, a);
+  double* const means = scratch + 2 * units * p.taps();
+  double* const parts = means + 2 * units;
+  if (grad_w || grad_gamma || grad_beta) {
+    const int strips = group_norm_strips(p, sizeof(scalar_t), numbers);
+    if (!try_aggregation_image_sums(p, weights, grad_y, a.x, strips > 1 ? parts : scratch, numbers, stream)) return false;
+    Launch launch;
+    launch.threads = kNormThreads;
+    launch.grid_x = blocks_for(units * 18, kNormThreads);
+    if (strips > 1) launch_kernel(group_norm_strips_kernel<acc_t<scalar_t>>, launch, stream, units * 18, strips, parts, scratch);
+    launch.grid_x = blocks_for(parameters, kNormThreads);
+    if (grad_gamma || grad_beta)
+      launch_kernel(group_norm_parameters_kernel<scalar_t>, launch, stream, p.batch, parameters, scratch, grad_gamma, grad_beta);
+    launch.grid_x = blocks_for(units, kNormThreads);
+    if (grad_w) launch_kernel(group_norm_means_kernel<scalar_t>, launch, stream, p, a.gamma, scratch, means);
+  }
+  if (!grad_x && !grad_w) return true;
+  return try_aggregation_image_backward(p, weights, grad_y, a.x, a.w, grad_x, grad_w, numbers, stream, grad_w ? means : nullptr);
+}
+
 // Any gradient may be null. scratch: group_norm_backward_scratch doubles.
 template <class scalar_t>
 void group_norm_aggregation_backward(const AggregationProblem& p, const GroupNormOperands<scalar_t>& a, const scalar_t* grad_y,
                                      scalar_t* grad_x, scalar_t* grad_w, scalar_t* grad_gamma, scalar_t* grad_beta,
                                      double* scratch, const DeviceNumbers& numbers, Stream stream) {
+  if (try_group_norm_image_backward(p, a, grad_y, grad_x, grad_w, grad_gamma, grad_beta, scratch, numbers, stream)) return;
   const int64_t units = p.batch * p.heads * p.weight_channels, parameters = p.heads * p.weight_channels * p.taps();
   const NormWeights<scalar_t> weights = norm_weights(p, a);
   if (grad_x && !try_aggregation_tile<true>(p, weights, a.w, grad_y, grad_x, numbers, stream))

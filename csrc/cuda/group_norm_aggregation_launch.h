@@ -5,6 +5,7 @@
 
 #include "core/problem.h"
 #include "core/window.h"
+#include "cuda/aggregation_image_launch.h"
 #include "cuda/aggregation_tile_launch.h"
 #include "cuda/launch.h"
 
@@ -30,6 +31,10 @@ inline NormParts choose_group_norm_statistics(const AggregationProblem& p, const
 
 // Strips of a map whose sums different blocks of the backward take, 1 where a block has whole maps or there are no tiles.
 inline int group_norm_strips(const AggregationProblem& p, int element_bytes, const DeviceNumbers& numbers) {
+  if (p.channels_last) {
+    const ImageTile tile = choose_aggregation_image(p, element_bytes, true, image_sums_needs(), numbers);
+    return tile.possible() ? tile.parts() : 1;
+  }
   const Tile tile = choose_aggregation_tile(p, element_bytes, true, {true, false, true}, numbers);
   return tile.possible() ? tile.strips : 1;
 }

@@ -3,6 +3,7 @@
 
 #include "cuda/aggregation.cuh"
 #include "cuda/aggregation_direct.cuh"
+#include "cuda/aggregation_image_backward.cuh"
 #include "cuda/aggregation_tile_grad_weight.cuh"
 
 namespace cotnet {
@@ -13,6 +14,7 @@ void local_aggregation_forward(const AggregationProblem& p, const scalar_t* x /*
                                const DeviceNumbers& numbers, Stream stream) {
   const PlainWeights<scalar_t> weights{w, weight_strides(p)};
   if (try_aggregation_direct(p, weights, w, x, y, stream)) return;
+  if (try_aggregation_image(p, weights, w, x, y, numbers, stream)) return;
   if (try_aggregation_tile<false>(p, weights, w, x, y, numbers, stream)) return;
   launch_aggregation_forward(p, weights, x, y, stream);
 }
@@ -23,6 +25,7 @@ void local_aggregation_backward(const AggregationProblem& p, const scalar_t* gra
                                 scalar_t* grad_x, scalar_t* grad_w, const DeviceNumbers& numbers, Stream stream) {
   const WeightStrides strides = weight_strides(p);
   const PlainWeights<scalar_t> weights{w, strides};
+  if (try_aggregation_image_backward(p, weights, grad_y, x, w, grad_x, grad_w, numbers, stream)) return;
   if (grad_x && !try_aggregation_tile<true>(p, weights, w, grad_y, grad_x, numbers, stream))
     launch_aggregation_grad_input(p, weights, grad_y, grad_x, stream);
   const PlainTileSink<scalar_t> sink;

@@ -3,6 +3,7 @@
 
 #include "cuda/aggregation.cuh"
 #include "cuda/aggregation_direct.cuh"
+#include "cuda/aggregation_image_backward.cuh"
 #include "cuda/aggregation_tile_grad_weight.cuh"
 
 namespace cotnet {
@@ -13,6 +14,7 @@ void softmax_aggregation_forward(const AggregationProblem& p, const scalar_t* x 
                                  const DeviceNumbers& numbers, Stream stream) {
   const SoftmaxWeights<scalar_t> weights{{logits, weight_strides(p)}};
   if (try_aggregation_direct(p, weights, logits, x, y, stream)) return;
+  if (try_aggregation_image(p, weights, logits, x, y, numbers, stream)) return;
   if (try_aggregation_tile<false>(p, weights, logits, x, y, numbers, stream)) return;
   launch_aggregation_forward(p, weights, x, y, stream);
 }
@@ -59,6 +61,8 @@ void softmax_aggregation_backward(const AggregationProblem& p, const scalar_t* g
                                   scalar_t* grad_x, scalar_t* grad_logits, acc_t<scalar_t>* scratch, const DeviceNumbers& numbers,
                                   Stream stream) {
   const PlainWeights<scalar_t> plain{logits, weight_strides(p)};
+  const SoftmaxWeights<scalar_t> weights{plain};
+  if (try_aggregation_image_backward(p, weights, grad_y, x, logits, grad_x, grad_logits, numbers, stream)) return;
   const KnownSoftmaxWeights<scalar_t> known{plain, scratch};
   const SoftmaxTileSink<scalar_t> sink{{plain}};
   const bool done = grad_logits && try_aggregation_tile_grad_weight(p, sink, logits, grad_y, x, grad_logits, numbers, stream);

@@ -70,10 +70,11 @@ inline Axis axis(const py::tuple& t) {
   const auto at = [&](int i) { return t[size_t(i)].cast<int64_t>(); };
   return {at(0), at(1), at(2), at(3), at(4), at(5)};
 }
-// (batch, channels, heads, weight channels, rows, columns, reflect, channels_last)
+// (batch, channels, heads, weight channels, rows, columns, reflect, channels_last), and perhaps tap_major
 inline AggregationProblem aggregation_problem(const py::tuple& t) {
   return {t[0].cast<int64_t>(),          t[1].cast<int64_t>(),          t[2].cast<int64_t>(), t[3].cast<int64_t>(),
-          axis(t[4].cast<py::tuple>()), axis(t[5].cast<py::tuple>()), t[6].cast<bool>(),    t[7].cast<bool>()};
+          axis(t[4].cast<py::tuple>()), axis(t[5].cast<py::tuple>()), t[6].cast<bool>(),    t[7].cast<bool>(),
+          t.size() > 8 && t[8].cast<bool>()};
 }
 // (batch, channels, plane, channels_last)
 inline MapProblem map_problem(const py::tuple& t) {

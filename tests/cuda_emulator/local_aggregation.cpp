@@ -23,6 +23,18 @@ COTNET_BINDINGS(m) {
                                  out<scalar_t>(grad_x), out<scalar_t>(grad_w), device_numbers(device), Stream{});
     });
   });
+  // (columns, rows, rows at once, column tiles, strips, slabs, threads, blocks, bytes of shared memory), or None.
+  m.def("choose_aggregation_image", [](const py::tuple& problem, int element_bytes, bool aligned, bool backward, bool norm,
+                                       const py::tuple& device) -> py::object {
+    ImageNeeds needs;
+    needs.grad_x = needs.grad_w = backward;
+    needs.norm = norm;
+    const ImageTile t =
+        choose_aggregation_image(aggregation_problem(problem), element_bytes, aligned, needs, device_numbers(device));
+    if (!t.possible()) return py::none();
+    return py::make_tuple(t.columns, t.rows, t.step, t.column_tiles, t.strips, t.slabs, t.launch.threads, t.launch.grid_x,
+                          t.launch.shared_bytes);
+  });
   // (vectors of a row, vectors of a plane, threads with work, blocks), or None.
   m.def("choose_aggregation_direct", [](const py::tuple& problem, int element_bytes, bool aligned) -> py::object {
     const Direct direct =
