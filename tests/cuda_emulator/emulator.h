@@ -11,6 +11,7 @@
 // memory order between threads that do not synchronise, blocks that run at the same time, registers and occupancy.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -57,7 +58,9 @@ enum class Schedule { forward, backward, random };
 struct Place {
   const char* file;
   int line;
-  bool operator==(const Place& other) const { return line == other.line && std::strcmp(file, other.file) == 0; }
+  bool operator==(const Place& other) const {
+    return line == other.line && (file == other.file || std::strcmp(file, other.file) == 0);
+  }
 };
 #define COTNET_PLACE const char * file = __builtin_FILE(), int line = __builtin_LINE()
 
@@ -120,6 +123,7 @@ struct Thread {
 struct Warp {
   uint64_t collective = 0;
   unsigned mask = 0, arrived = 0;
+  unsigned alive = 0;  // lanes that have not ended
   const char* operation = "";
   Place place{"", 0};
   unsigned present[2] = {0, 0};
@@ -143,6 +147,7 @@ struct Machine {
   std::vector<Warp> warps;
   Thread* current = nullptr;
   unsigned waiting = 0, done = 0;
+  Place barrier{"", 0};  // where the first of those waiting does
   bool stores_fenced = false;  // every thread called fence_proxy_async before the last barrier
   std::unique_ptr<SharedMemory> dynamic_shared;
   std::map<std::tuple<const char*, int, size_t>, std::unique_ptr<SharedMemory>> static_shared;
@@ -198,6 +203,7 @@ inline void run_thread(void*) {
   m.body();
   check_finished(*m.current);
   m.current->state = State::done;
+  m.warps[m.current->warp()].alive &= ~(1u << m.current->lane());
   ++m.done;
 }
 
@@ -253,6 +259,7 @@ inline void prepare_block() {
   for (size_t i = 0; i < m.threads.size(); ++i) {
     m.threads[i] = Thread{};
     m.threads[i].number = unsigned(i);
+    m.warps[i / 32].alive |= 1u << i % 32;
   }
 }
 
@@ -302,11 +309,8 @@ inline int meet(unsigned mask, uint64_t value, const char* operation, const Plac
   Thread& t = *m.current;
   Warp& warp = m.warps[t.warp()];
   if (!(mask >> t.lane() & 1)) fail(operation, " at ", show(place), ": the lane is not in its own mask");
-  for (unsigned lane = 0; lane < 32; ++lane) {
-    const size_t number = t.warp() * 32 + lane;
-    if (mask >> lane & 1 && (number >= m.threads.size() || m.threads[number].state == State::done))
-      fail(operation, " at ", show(place), ": the mask names lane ", lane, ", which has ended or never was");
-  }
+  if (const unsigned absent = mask & ~warp.alive)
+    fail(operation, " at ", show(place), ": the mask names lane ", __builtin_ctz(absent), ", which has ended or never was");
   const int set = int(warp.collective % 2);
   if (!warp.arrived) {
     warp.mask = mask;
@@ -326,9 +330,11 @@ inline int meet(unsigned mask, uint64_t value, const char* operation, const Plac
   }
   warp.present[set] = warp.arrived;
   warp.arrived = 0;
-  for (Thread& other : m.threads)
-    if (other.state == State::in_collective && other.warp() == t.warp() && other.collective == warp.collective)
-      other.state = State::ready;
+  const size_t first = t.warp() * 32, end = std::min(first + 32, m.threads.size());
+  for (size_t i = first; i < end; ++i) {
+    Thread& other = m.threads[i];
+    if (other.state == State::in_collective && other.collective == warp.collective) other.state = State::ready;
+  }
   ++warp.collective;
   return set;
 }
@@ -378,9 +384,8 @@ inline void sync_block(COTNET_PLACE) {
   const Place place{file, line};
   Machine& m = machine();
   if (m.done) fail("sync_block at ", show(place), " after ", m.done, " threads of the block have ended");
-  for (const Thread& other : m.threads)
-    if (other.state == State::at_barrier && !(other.waits_at == place))
-      fail("threads of one block wait in sync_block at ", show(other.waits_at), " and at ", show(place));
+  if (!m.waiting) m.barrier = place;
+  if (!(m.barrier == place)) fail("threads of one block wait in sync_block at ", show(m.barrier), " and at ", show(place));
   if (++m.waiting < m.threads.size()) return wait(State::at_barrier, place);
   m.waiting = 0;
   m.stores_fenced = true;
