@@ -21,6 +21,8 @@ TILE = "aggregation_tile.cuh"
 GRADIENT = "aggregation_tile_grad_weight.cuh"
 COPIES = "aggregation_tile_copies.cuh"
 DIRECT = "aggregation_direct.cuh"
+LARGE = "aggregation_tile_large.cuh"
+PLACE = "aggregation_tile_place.cuh"
 WAIT = "    cp_async_wait<0>();\n"
 BARRIER = "  sync_block();\n"
 READY = "  copies.ready_to_store();\n"
@@ -37,9 +39,10 @@ MUTATIONS = {
     "a column before the map": (TILE, "first_column ? acc(0) : widen(from[-1])", "widen(from[-1])"),
     "a row outside of the map": (TILE, "if (source < 0 || source >= height) continue;", ""),
     "a weight from outside of the map": (TILE, "last_column ? acc(0) : w[t]", "w[t]"),
-    "a run too long": (TILE, "body(0, 9 * planes *", "body(0, 9 * tile.planes *"),
+    "a run too long": (PLACE, "kTaps * planes *", "kTaps * tile.planes *"),
     "channels overwritten too early": (GRADIENT, "if (chunk > 0) sync_block();", ""),
     "no barrier before grad_w leaves": (GRADIENT, READY, ""),
+    "a column outside of a large map": (LARGE, "inside(i) ? widen(from[i", "true ? widen(from[i"),
     "the end of another row": (DIRECT, "values[0] = first ? acc(0) :", "values[0] ="),
     "a row of another plane": (DIRECT, "bool inside = row + u - 1 >= 0 &&", "bool inside ="),
     "a lane without a neighbour": (DIRECT, "lane == 31 ? beside : behind", "behind"),
@@ -54,6 +57,7 @@ import torch
 from emulated_aggregations import check_schedules
 from emulated_maps import GPUS, load_kernels
 from oracle import LOCAL
+from test_cuda_aggregation_large import WINDOWS
 from test_cuda_aggregations import TILES, tiled
 
 def schedules():
@@ -61,8 +65,9 @@ def schedules():
         load_kernels().set_schedule(name)
         yield name
 
-for case in (*TILES, tiled("direct_30x40", 1, 2, 8, 30, 40)):
-    if case.name in ("tile_7x7", "tile_31x41", "tile_14x14", "direct_30x40"):
+names = ("tile_7x7", "tile_31x41", "tile_14x14", "large_9x11_k5", "direct_30x40")
+for case in (*TILES, *WINDOWS, tiled("direct_30x40", 1, 2, 8, 30, 40)):
+    if case.name in names:
         for gpu in ("H200", "small"):
             for asked in LOCAL.arguments:
                 check_schedules(

@@ -9,71 +9,9 @@
 
 #include "cuda/aggregation.cuh"
 #include "cuda/aggregation_direct_launch.h"
+#include "cuda/aggregation_tap_weights.cuh"
 
 namespace cotnet {
-
-// ---- weights of one tap at a vector of columns: from raw to what is summed. Taps come in order.
-
-template <class Weights, int kColumns>
-struct DirectWeights;
-
-template <class scalar_t, int kColumns>
-struct DirectWeights<PlainWeights<scalar_t>, kColumns> {
-  using acc = acc_t<scalar_t>;
-  COTNET_DEVICE DirectWeights(const PlainWeights<scalar_t>&, const WeightPlace&, const scalar_t*) {}
-  static COTNET_DEVICE Pack<scalar_t, kColumns> load(const scalar_t* from) { return load_streaming<kColumns>(from); }
-  COTNET_DEVICE void transform(int, acc (&)[kColumns]) {}
-  COTNET_DEVICE void finish(acc (&)[kColumns]) const {}
-};
-
-// The largest logit comes first, from a reading that leaves the logits in the cache; sums are divided by the sum of
-// exponentials in the end.
-template <class scalar_t, int kColumns>
-struct DirectWeights<SoftmaxWeights<scalar_t>, kColumns> {
-  using acc = acc_t<scalar_t>;
-  acc top[kColumns] = {}, total[kColumns] = {};
-
-  COTNET_DEVICE DirectWeights(const SoftmaxWeights<scalar_t>&, const WeightPlace& at, const scalar_t* from) {
-    COTNET_UNROLL
-    for (int t = 0; t < 9; ++t) {
-      const Pack<scalar_t, kColumns> logits = load(from + t * at.plane);
-      COTNET_UNROLL
-      for (int i = 0; i < kColumns; ++i) {
-        const acc logit = widen(logits.at[i]);
-        top[i] = t == 0 || logit > top[i] ? logit : top[i];
-      }
-    }
-  }
-  static COTNET_DEVICE Pack<scalar_t, kColumns> load(const scalar_t* from) { return load_vec<kColumns>(from); }
-  COTNET_DEVICE void transform(int, acc (&w)[kColumns]) {
-    COTNET_UNROLL
-    for (int i = 0; i < kColumns; ++i) {
-      // Results of 16 bits are rounded far more coarsely than the fast exponential is.
-      w[i] = sizeof(scalar_t) == 2 ? fast_exponential(w[i] - top[i]) : exponential(w[i] - top[i]);
-      total[i] += w[i];
-    }
-  }
-  COTNET_DEVICE void finish(acc (&sums)[kColumns]) const {
-    COTNET_UNROLL
-    for (int i = 0; i < kColumns; ++i) sums[i] *= 1 / total[i];
-  }
-};
-
-template <class scalar_t, int kColumns>
-struct DirectWeights<NormWeights<scalar_t>, kColumns> {
-  using acc = acc_t<scalar_t>;
-  typename NormWeights<scalar_t>::Window window;
-
-  COTNET_DEVICE DirectWeights(const NormWeights<scalar_t>& weights, const WeightPlace& at, const scalar_t*)
-      : window(weights.open(at)) {}
-  static COTNET_DEVICE Pack<scalar_t, kColumns> load(const scalar_t* from) { return load_streaming<kColumns>(from); }
-  COTNET_DEVICE void transform(int t, acc (&w)[kColumns]) {
-    const acc scale = window.rstd * window.scale(t), shift = window.beta ? load_wide(window.beta + t) : acc(0);
-    COTNET_UNROLL
-    for (int i = 0; i < kColumns; ++i) w[i] = fma(w[i] - window.mean, scale, shift);
-  }
-  COTNET_DEVICE void finish(acc (&)[kColumns]) const {}
-};
 
 // ---- the kernel
 
@@ -112,7 +50,15 @@ aggregation_direct_kernel(const AggregationProblem p, const Direct direct, const
   const int64_t offset = (image * p.channels + chunk * kDirectChannels * p.weight_channels + weight_channel) * plane + position;
   const scalar_t* const w_from = raw + place.unit() * 9 * plane + position;
 
-  DirectWeights<Weights, kColumns> source(weights, place, w_from);
+  using Source = TapWeights<Weights, kColumns>;
+  const auto read = [&](int t, acc (&w)[kColumns]) {
+    const scalar_t* const from = w_from + t * plane;
+    // What is read twice should be in the cache the second time.
+    const Pack<scalar_t, kColumns> pack = Source::kReadsTwice ? load_vec<kColumns>(from) : load_streaming<kColumns>(from);
+    COTNET_UNROLL
+    for (int i = 0; i < kColumns; ++i) w[i] = widen(pack.at[i]);
+  };
+  Source source(weights, place, read);
   acc sums[kDirectChannels][kColumns] = {};
   COTNET_UNROLL_BY(1)  // the vectors of one row are what registers have room for
   for (int u = 0; u < 3; ++u) {
@@ -120,9 +66,7 @@ aggregation_direct_kernel(const AggregationProblem p, const Direct direct, const
     acc w[3][kColumns];
     COTNET_UNROLL
     for (int v = 0; v < 3; ++v) {
-      const Pack<scalar_t, kColumns> pack = source.load(w_from + (u * 3 + v) * plane);
-      COTNET_UNROLL
-      for (int i = 0; i < kColumns; ++i) w[v][i] = widen(pack.at[i]);
+      read(u * 3 + v, w[v]);
       source.transform(u * 3 + v, w[v]);
     }
     const scalar_t* const from = x + offset + (u - 1) * p.cols.out;

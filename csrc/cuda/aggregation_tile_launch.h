@@ -1,4 +1,4 @@
-// When an aggregation of 3 x 3 taps is computed from tiles in shared memory, and how large they are.
+// When an aggregation of 3 x 3 taps (or 5 x 5, 7 x 7) is computed from tiles in shared memory, and how large they are.
 #pragma once
 
 #include <algorithm>
@@ -73,22 +73,31 @@ inline int channels_of(const AggregationProblem& p) {
   return 0;
 }
 
-inline bool allows(const AggregationProblem& p, int element_bytes) {
-  const auto plain = [](const Axis& a) { return a.kernel == 3 && a.stride == 1 && a.padding == 1 && a.dilation == 1; };
+// size: rows and columns of the window.
+inline bool allows(const AggregationProblem& p, int element_bytes, int size = 3) {
+  const auto plain = [size](const Axis& a) {
+    return a.kernel == size && a.stride == 1 && a.padding == size / 2 && a.dilation == 1;
+  };
   return plain(p.rows) && plain(p.cols) && !p.reflect && !p.channels_last && p.heads == 1 && p.batch > 0 &&
          channels_of(p) > 0 && element_bytes <= 4;
 }
 
+// Larger windows, where eight channels share a weight: one kernel for each size, dtype and kind of weights is what rare windows
+// are worth. Not for the gradient of the weights, whose 25 or 49 sums for each column no thread has registers for.
+inline bool allows_large(const AggregationProblem& p, int element_bytes, const TileNeeds& needs) {
+  return (allows(p, element_bytes, 5) || allows(p, element_bytes, 7)) && channels_of(p) == kTileChannels && !needs.second_map;
+}
+
 // Bytes of shared memory; fills in where its parts are.
 inline int64_t measure(Tile& t, const AggregationProblem& p, int element_bytes, const TileNeeds& needs) {
-  const int64_t halo = t.strips > 1 ? 2 : 0, width = p.cols.out, plane = p.out_plane(), step = p.weight_channels * plane;
+  const int64_t halo = t.strips > 1 ? p.rows.kernel - 1 : 0, width = p.cols.out, plane = p.out_plane(), step = p.weight_channels * plane;
   t.x_stride = int(distance(t.planes * (t.rows + halo) * width, step, element_bytes));
   t.second_stride = int(distance(t.planes * t.rows * width, step, element_bytes));
   t.second_start = int(whole(t.channels * int64_t(t.x_stride), element_bytes));
   t.w_start = needs.second_map ? int(whole(t.second_start + t.channels * int64_t(t.second_stride), element_bytes)) : t.second_start;
   const int64_t w_rows = t.rows + (needs.weight_halo ? halo : 0);
   t.w_stride = int(t.strips > 1 ? distance(w_rows * width, plane, element_bytes) : plane);
-  const int64_t w = t.strips > 1 ? 9 * int64_t(t.w_stride) : room(9 * t.planes * plane, element_bytes);
+  const int64_t w = t.strips > 1 ? p.taps() * t.w_stride : room(p.taps() * t.planes * plane, element_bytes);
   int64_t bytes = (t.w_start + (needs.weights ? w : 0)) * element_bytes;
   // The gradient of the weights, or two sums of each thread for each tap, take the place of what was loaded.
   if (needs.second_map) bytes = std::max({bytes, w * element_bytes, t.planes * t.rows * t.segments * 18 * int64_t(4)});
@@ -102,17 +111,41 @@ inline bool whole_chunks(const Tile& t, const AggregationProblem& p, int element
   return plane % 16 == 0 || (t.planes * plane % 16 == 0 && p.weight_channels % t.planes == 0);
 }
 
+// Several planes where they are small. Three warps should have work, runs be whole chunks of 16 bytes, and no more than a
+// sixteenth of the lanes idle, as the kernels are as much bound by instructions as by memory; the fewest planes that do.
+// measure(): bytes of shared memory of `t`.
+template <class AnyTile, class Measure>
+void choose_planes(AnyTile& t, const AggregationProblem& p, int element_bytes, int64_t most_bytes, const Measure& measure) {
+  const int64_t items = t.rows * t.segments, plane = p.out_plane();
+  int most = 1;
+  for (t.planes = 2; t.strips == 1 && t.planes <= p.weight_channels && t.planes * items <= kTileThreads; ++t.planes) {
+    if (measure() > most_bytes) break;
+    most = t.planes;
+  }
+  const auto suits = [&](int64_t planes, int wishes) {
+    const int64_t lanes = ceil_div(planes * items, 32) * 32;
+    return planes * items >= 96 && (wishes < 1 || planes * plane * element_bytes % 16 == 0) &&
+           (wishes < 2 || 16 * (lanes - planes * items) <= lanes);
+  };
+  t.planes = 0;
+  for (int wishes = 2; wishes >= 0 && t.planes == 0; --wishes)
+    for (int planes = 1; planes <= most && t.planes == 0; ++planes)
+      if (suits(planes, wishes)) t.planes = planes;
+  if (t.planes == 0) t.planes = most;
+}
+
 }  // namespace tile
 
 inline Tile choose_aggregation_tile(const AggregationProblem& p, int element_bytes, bool aligned, const TileNeeds& needs,
                                     const DeviceNumbers& numbers) {
   Tile t;
   const int64_t height = p.rows.out, width = p.cols.out, segments = ceil_div(width, kTileColumns);
-  if (!aligned || !tile::allows(p, element_bytes) || width < kTileColumns || segments > kTileThreads / 2) return t;
+  if (!aligned || !(tile::allows(p, element_bytes) || tile::allows_large(p, element_bytes, needs))) return t;
+  if (width < kTileColumns || segments > kTileThreads / 2) return t;
   t.channels = tile::channels_of(p);
   t.segments = int(segments);
   // With few channels shared memory is read little beside what is loaded: element by element serves every width.
-  t.vector = t.channels < kTileChannels ? 1 : width % 4 == 0 ? 4 : width % 2 == 0 ? 2 : 1;
+  t.vector = t.channels < kTileChannels || p.rows.kernel > 3 ? 1 : width % 4 == 0 ? 4 : width % 2 == 0 ? 2 : 1;
   // At most a quarter of the shared memory of a multiprocessor: several blocks load while others compute.
   const int64_t most_bytes = std::min<int64_t>(numbers.shared_bytes, std::max(numbers.shared_bytes / 4, 48 * 1024));
   const int64_t rows = std::min<int64_t>(height, kTileThreads / segments);
@@ -124,29 +157,12 @@ inline Tile choose_aggregation_tile(const AggregationProblem& p, int element_byt
     if (t.rows == 1) return Tile{};
   }
   t.strips = int(ceil_div(height, t.rows));
-  // Several planes where they are small. Three warps should have work, runs be whole chunks of 16 bytes, and no more than a
-  // sixteenth of the lanes idle, as the kernels are as much bound by instructions as by memory; the fewest planes that do.
-  const int64_t items = t.rows * segments;
-  int most = 1;
-  for (t.planes = 2; t.strips == 1 && t.planes <= p.weight_channels && t.planes * items <= kTileThreads; ++t.planes) {
-    if (tile::measure(t, p, element_bytes, needs) > most_bytes) break;
-    most = t.planes;
-  }
-  const auto suits = [&](int64_t planes, int wishes) {
-    const int64_t lanes = ceil_div(planes * items, 32) * 32;
-    return planes * items >= 96 && (wishes < 1 || planes * height * width * element_bytes % 16 == 0) &&
-           (wishes < 2 || 16 * (lanes - planes * items) <= lanes);
-  };
-  t.planes = 0;
-  for (int wishes = 2; wishes >= 0 && t.planes == 0; --wishes)
-    for (int planes = 1; planes <= most && t.planes == 0; ++planes)
-      if (suits(planes, wishes)) t.planes = planes;
-  if (t.planes == 0) t.planes = most;
+  tile::choose_planes(t, p, element_bytes, most_bytes, [&] { return tile::measure(t, p, element_bytes, needs); });
   t.bulk = kTileBulk && numbers.arch >= 90 && tile::whole_chunks(t, p, element_bytes);
   t.launch.shared_bytes = unsigned(tile::measure(t, p, element_bytes, needs));
   t.per_segment = 1 / float(t.segments);
   t.per_row = 1 / float(t.rows);
-  t.launch.threads = unsigned(ceil_div(t.planes * items, 32) * 32);
+  t.launch.threads = unsigned(ceil_div(int64_t(t.planes) * t.rows * t.segments, 32) * 32);
   t.plane_groups = int(ceil_div(p.weight_channels, t.planes));
   t.chunks = needs.second_map ? 1 : int(p.sharing() / t.channels);
   const int64_t blocks = p.batch * t.plane_groups * t.chunks * t.strips;
