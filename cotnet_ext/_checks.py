@@ -192,6 +192,27 @@ def fusion_logits(dynamic: Tensor, logits: Tensor) -> None:
         raise ValueError(f"logits must be [{n}, {c}, 2], got {_shape(logits)}")
 
 
+def _is_dense(tensor: Tensor, order: tuple[int, ...]) -> bool:
+    """Without holes, dimensions nested in this order, the innermost first."""
+    expected = 1
+    for dim in order:
+        if tensor.shape[dim] != 1 and tensor.stride(dim) != expected:
+            return tensor.numel() == 0
+        expected *= tensor.shape[dim]
+    return True
+
+
+def tap_major(weight: Tensor) -> bool:
+    """Whether a weight [N, 1, Cw, K, Ho, Wo] is [N, Ho, Wo, K, Cw] in memory: with channels_last
+    maps, the CUDA kernels take that as it is, and the gradient is laid out so too
+    (host/checks.cpp agrees)."""
+    return (
+        weight.shape[1] == 1
+        and not _is_dense(weight, (3, 2, 1, 5, 4, 0))
+        and _is_dense(weight, (2, 3, 1, 5, 4, 0))
+    )
+
+
 def memory_format(tensor: Tensor) -> torch.memory_format:
     """channels_last for maps strided that way, else contiguous: the format of every result
     (host/checks.cpp agrees)."""

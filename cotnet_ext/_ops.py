@@ -77,6 +77,13 @@ def _empty_weight(
     return _empty(like, (n, g * cw * k, h, w), memory_format).view(shape)
 
 
+def _empty_like_weight(like: Tensor, weight: Tensor, memory_format: torch.memory_format) -> Tensor:
+    n, g, cw, k, h, w = weight.shape
+    if memory_format == torch.channels_last and _checks.tap_major(weight):
+        return _empty_weight(like, (n, g, k, cw, h, w), memory_format).transpose(2, 3)
+    return _empty_weight(like, (n, g, cw, k, h, w), memory_format)
+
+
 def _masked(like: Tensor, asked: bool, make: Callable[[], Tensor]) -> Tensor:
     return make() if asked else like.new_empty(0)
 
@@ -138,7 +145,7 @@ def _aggregation_grads(grad, input, weight, window, mask):
     memory_format = _checks.memory_format(input)
     return (
         _masked(input, mask[0], lambda: _empty(input, tuple(input.shape), memory_format)),
-        _masked(input, mask[1], lambda: _empty_weight(input, tuple(weight.shape), memory_format)),
+        _masked(input, mask[1], lambda: _empty_like_weight(input, weight, memory_format)),
     )
 
 

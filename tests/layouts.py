@@ -24,6 +24,13 @@ def channels_last(t: torch.Tensor) -> torch.Tensor:
     return contiguous(t)
 
 
+def tap_major(t: torch.Tensor) -> torch.Tensor:
+    """Maps in NHWC memory, and weights `[N, G, Cw, K, H, W]` as `[N, H, W, G, K, Cw]`."""
+    if t.dim() == 6:
+        return channels_last(t.transpose(2, 3)).transpose(2, 3)
+    return channels_last(t)
+
+
 def sliced(t: torch.Tensor) -> torch.Tensor:
     """The middle of a larger contiguous tensor, cut in every dimension."""
     big = t.new_full([size + 3 for size in t.shape], torch.nan)
@@ -80,6 +87,7 @@ LAYOUTS = {
     for layout in (
         contiguous,
         channels_last,
+        tap_major,
         sliced,
         channels_last_sliced,
         every_second,
@@ -95,6 +103,7 @@ _PAIRS = (
     ("contiguous", "channels_last"),
     ("channels_last", "contiguous"),
     ("channels_last", "channels_last"),
+    ("channels_last", "tap_major"),
     ("sliced", "transposed"),
     ("transposed", "sliced"),
     ("channels_last_sliced", "channels_last_sliced"),

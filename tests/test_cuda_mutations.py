@@ -23,6 +23,8 @@ COPIES = "aggregation_tile_copies.cuh"
 DIRECT = "aggregation_direct.cuh"
 LARGE = "aggregation_tile_large.cuh"
 PLACE = "aggregation_tile_place.cuh"
+IMAGE = "aggregation_image.cuh"
+BOTH = "aggregation_image_backward.cuh"
 WAIT = "    cp_async_wait<0>();\n"
 BARRIER = "  sync_block();\n"
 READY = "  copies.ready_to_store();\n"
@@ -47,10 +49,18 @@ MUTATIONS = {
     "a row of another plane": (DIRECT, "bool inside = row + u - 1 >= 0 &&", "bool inside ="),
     "a lane without a neighbour": (DIRECT, "lane == 31 ? beside : behind", "behind"),
     "threads beyond the last": (DIRECT, "busy ? rest : direct.threads - 1", "rest"),
+    "no wait for the rows": (IMAGE, WAIT, ""),
+    "pixels of another row": (IMAGE, "unsigned(at.width);", "~0u;"),
+    "beyond the ring": (IMAGE, "place < ring ? place :", "place <= ring ? place :"),
+    "weight channels of nobody": (IMAGE, "if (there) store_vec", "store_vec"),
+    "no barrier after the rows of both": (BOTH, "sync_block();  // these", "// these"),
+    "windows put in order too early": (BOTH, "sync_warp();", ""),
+    "no barrier after putting in order": (BOTH, f"{BARRIER}    const bool", "    const bool"),
+    "no barrier before a row leaves": (BOTH, f"{BARRIER}        COTNET_U", "        COTNET_U"),
 }  # fmt: skip
 
 # Two planes in the last block where others have more, strips, channels in two turns, bulk copies of
-# these, and maps without tiles.
+# these, maps without tiles, and channels_last ones.
 CHECK = """
 import sys
 import torch
@@ -65,13 +75,14 @@ def schedules():
         load_kernels().set_schedule(name)
         yield name
 
-names = ("tile_7x7", "tile_31x41", "tile_14x14", "large_9x11_k5", "direct_30x40")
-for case in (*TILES, *WINDOWS, tiled("direct_30x40", 1, 2, 8, 30, 40)):
+names = ("tile_7x7", "tile_31x41", "tile_14x14", "large_9x11_k5", "direct_30x40", "image_19x37")
+direct, image = tiled("direct_30x40", 1, 2, 8, 30, 40), tiled("image_19x37", 1, 12, 2, 19, 37)
+for case in (*TILES, *WINDOWS, direct, image):
     if case.name in names:
         for gpu in ("H200", "small"):
             for asked in LOCAL.arguments:
                 check_schedules(
-                    load_kernels(), schedules, LOCAL, case, torch.float32, False,
+                    load_kernels(), schedules, LOCAL, case, torch.float32, case is image,
                     gpu=GPUS[gpu], asked={asked}.__contains__,
                 )
 print("passed")

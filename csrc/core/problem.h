@@ -36,7 +36,7 @@ struct AggregationProblem {
   Axis cols;                // kw, sw, pw, dw
   bool reflect;             // padding mode: reflected input instead of zeros
   bool channels_last;       // every tensor is NHWC (weights: N, Ho, Wo, G*Cw*K) instead of NCHW
-  bool tap_major = false;   // weights of channels_last maps with one head are N, Ho, Wo, K, Cw instead
+  bool tap_major = false;   // weights of channels_last maps with one head are N, Ho, Wo, K, Cw instead (CUDA)
 
   COTNET_HD int64_t taps() const { return rows.kernel * cols.kernel; }
   // Channels that share one weight channel: c = m, m + Cw, m + 2*Cw, ... (interleaved, as in CoTNet and SAN).

@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_aggregation_cpu(
   const auto p = aggregation_problem(input, weight, {kernel_size, stride, padding, dilation, take(padding_mode)});
   check_parameters(input, p, norm_weight, norm_bias);
   const Tensor x = map_in_layout(input, p.channels_last);
-  const Tensor w = weight_in_layout(weight, p.channels_last);
+  const Tensor w = weight_in_layout(weight, p);
   const auto gamma = dense(norm_weight), beta = dense(norm_bias);
   const Tensor mean = empty_vector(input, {p.batch, p.heads * p.weight_channels}, statistics_dtype(input));
   const Tensor rstd = empty_vector(input, {p.batch, p.heads * p.weight_channels}, statistics_dtype(input));
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_aggregation_backward_cpu(
   }
   const Tensor g = map_in_layout(grad, p.channels_last);
   const Tensor x = map_in_layout(input, p.channels_last);
-  const Tensor w = weight_in_layout(weight, p.channels_last);
+  const Tensor w = weight_in_layout(weight, p);
   const auto gamma = dense(norm_weight), beta = dense(norm_bias);
   const Tensor means = torch::stable::contiguous(mean), rstds = torch::stable::contiguous(rstd);
   const int64_t parameters = p.heads * p.weight_channels * p.taps();
@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_aggregation_backward_cpu(
     if (output_mask[2]) sum_images(gammas, p.batch, mutable_data<scalar_t>(grad_gamma), parameters);
     if (output_mask[3]) sum_images(betas, p.batch, mutable_data<scalar_t>(grad_beta), parameters);
   });
-  return {grad_input, grad_weight, grad_gamma, grad_beta};
+  return {grad_input, in_weight_order(grad_weight, p), grad_gamma, grad_beta};
 }
 
 }  // namespace

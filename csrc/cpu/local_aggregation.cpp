@@ -18,7 +18,7 @@ Tensor local_aggregation_cpu(const Tensor& input, const Tensor& weight, const Si
                              const Sizes& padding, const Sizes& dilation, StringArgument padding_mode) {
   const auto p = aggregation_problem(input, weight, {kernel_size, stride, padding, dilation, take(padding_mode)});
   const Tensor x = map_in_layout(input, p.channels_last);
-  const Tensor w = weight_in_layout(weight, p.channels_last);
+  const Tensor w = weight_in_layout(weight, p);
   const Tensor y = empty_output(input, p);
   dispatch_dtype(x, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
@@ -33,7 +33,7 @@ void backward(const AggregationProblem& p, const Tensor& grad, const Tensor* inp
               Tensor* grad_weight) {
   const Tensor g = map_in_layout(grad, p.channels_last);
   const Tensor x = input ? map_in_layout(*input, p.channels_last) : g;
-  const Tensor w = weight ? weight_in_layout(*weight, p.channels_last) : g;
+  const Tensor w = weight ? weight_in_layout(*weight, p) : g;
   dispatch_dtype(g, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     scalar_t* const grad_x = grad_input ? mutable_data<scalar_t>(*grad_input) : nullptr;
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> local_aggregation_backward_cpu(const Tensor& grad, co
   Tensor grad_input = empty_grad_input(input, p);
   Tensor grad_weight = empty_grad_weight(input, p);
   backward(p, grad, &input, &weight, &grad_input, &grad_weight);
-  return {grad_input, grad_weight};
+  return {grad_input, in_weight_order(grad_weight, p)};
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ Tensor softmax_aggregation_cpu(const Tensor& input, const Tensor& logits, const 
                                const Sizes& padding, const Sizes& dilation, StringArgument padding_mode) {
   const auto p = aggregation_problem(input, logits, {kernel_size, stride, padding, dilation, take(padding_mode)});
   const Tensor x = map_in_layout(input, p.channels_last);
-  const Tensor l = weight_in_layout(logits, p.channels_last);
+  const Tensor l = weight_in_layout(logits, p);
   const Tensor y = empty_output(input, p);
   dispatch_dtype(x, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> softmax_aggregation_backward_cpu(const Tensor& grad, 
   check_grad(grad, p);
   const Tensor g = map_in_layout(grad, p.channels_last);
   const Tensor x = map_in_layout(input, p.channels_last);
-  const Tensor l = weight_in_layout(logits, p.channels_last);
+  const Tensor l = weight_in_layout(logits, p);
   const Tensor grad_input = output_mask[0] ? empty_grad_input(input, p) : no_grad(input);
   const Tensor grad_logits = output_mask[1] ? empty_grad_weight(input, p) : no_grad(input);
   dispatch_dtype(g, [&](auto tag) {
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> softmax_aggregation_backward_cpu(const Tensor& grad, 
                      output_mask[0] ? mutable_data<scalar_t>(grad_input) : nullptr,
                      output_mask[1] ? mutable_data<scalar_t>(grad_logits) : nullptr, Parallel{});
   });
-  return {grad_input, grad_logits};
+  return {grad_input, in_weight_order(grad_logits, p)};
 }
 
 }  // namespace

@@ -15,8 +15,14 @@ namespace cotnet {
 template <class scalar_t>
 COTNET_DEVICE void read_quad(const scalar_t* from, acc_t<scalar_t>* to) {
   const auto pack = *reinterpret_cast<const Pack<scalar_t, kImageQuad>*>(from);
-  COTNET_UNROLL
-  for (int i = 0; i < kImageQuad; ++i) to[i] = widen(pack.at[i]);
+  if constexpr (sizeof(scalar_t) == 2) {
+    const auto words = bit_cast<Pack<uint32_t, kImageQuad / 2>>(pack);
+    COTNET_UNROLL
+    for (int i = 0; i < kImageQuad; i += 2) widen_pair<scalar_t>(words.at[i / 2], to[i], to[i + 1]);
+  } else {
+    COTNET_UNROLL
+    for (int i = 0; i < kImageQuad; ++i) to[i] = pack.at[i];
+  }
 }
 template <class scalar_t>
 COTNET_DEVICE Pack<scalar_t, kImageQuad> narrow_quad(const acc_t<scalar_t>* from) {

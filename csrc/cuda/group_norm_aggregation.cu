@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_aggregation_cuda(
   check_parameters(input, p, norm_weight, norm_bias);
   const CudaContext context(input);
   const Tensor x = map_in_layout(input, p.channels_last);
-  const Tensor w = weight_in_layout(weight, p.channels_last);
+  const Tensor w = weight_in_layout(weight, p);
   const auto gamma = dense(norm_weight), beta = dense(norm_bias);
   const Tensor mean = empty_vector(input, {p.batch, p.heads * p.weight_channels}, statistics_dtype(input));
   const Tensor rstd = empty_vector(input, {p.batch, p.heads * p.weight_channels}, statistics_dtype(input));
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_aggregation_backward_cuda(
   const CudaContext context(input);
   const Tensor g = map_in_layout(grad, p.channels_last);
   const Tensor x = map_in_layout(input, p.channels_last);
-  const Tensor w = weight_in_layout(weight, p.channels_last);
+  const Tensor w = weight_in_layout(weight, p);
   const auto gamma = dense(norm_weight), beta = dense(norm_bias);
   const Tensor means = torch::stable::contiguous(mean), rstds = torch::stable::contiguous(rstd);
   const int64_t parameters = p.heads * p.weight_channels * p.taps();

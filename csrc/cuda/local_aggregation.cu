@@ -18,7 +18,7 @@ Tensor local_aggregation_cuda(const Tensor& input, const Tensor& weight, const S
   const auto p = aggregation_problem(input, weight, {kernel_size, stride, padding, dilation, take(padding_mode)});
   const CudaContext context(input);
   const Tensor x = map_in_layout(input, p.channels_last);
-  const Tensor w = weight_in_layout(weight, p.channels_last);
+  const Tensor w = weight_in_layout(weight, p);
   const Tensor y = empty_output(input, p);
   dispatch_dtype(x, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
@@ -34,7 +34,7 @@ void backward(const AggregationProblem& p, const Tensor& grad, const Tensor* inp
               Tensor* grad_weight, const CudaContext& context) {
   const Tensor g = map_in_layout(grad, p.channels_last);
   const Tensor x = input ? map_in_layout(*input, p.channels_last) : g;
-  const Tensor w = weight ? weight_in_layout(*weight, p.channels_last) : g;
+  const Tensor w = weight ? weight_in_layout(*weight, p) : g;
   dispatch_dtype(g, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     local_aggregation_backward(p, data<scalar_t>(g), data<scalar_t>(x), data<scalar_t>(w),

@@ -19,7 +19,7 @@ Tensor softmax_aggregation_cuda(const Tensor& input, const Tensor& logits, const
   const auto p = aggregation_problem(input, logits, {kernel_size, stride, padding, dilation, take(padding_mode)});
   const CudaContext context(input);
   const Tensor x = map_in_layout(input, p.channels_last);
-  const Tensor l = weight_in_layout(logits, p.channels_last);
+  const Tensor l = weight_in_layout(logits, p);
   const Tensor y = empty_output(input, p);
   dispatch_dtype(x, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> softmax_aggregation_backward_cuda(const Tensor& grad,
   const CudaContext context(input);
   const Tensor g = map_in_layout(grad, p.channels_last);
   const Tensor x = map_in_layout(input, p.channels_last);
-  const Tensor l = weight_in_layout(logits, p.channels_last);
+  const Tensor l = weight_in_layout(logits, p);
   const Tensor grad_input = output_mask[0] ? empty_grad_input(input, p) : no_grad(input);
   const Tensor grad_logits = output_mask[1] ? empty_grad_weight(input, p) : no_grad(input);
   const auto acc_dtype = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

@@ -93,6 +93,18 @@ AggregationProblem make_problem(const Sizes& input, const Sizes& weight, const W
   return p;
 }
 
+// Whether weights of channels_last maps are N, Ho, Wo, K, Cw in memory. The usual order wins where both hold
+// (cotnet_ext/_checks.py agrees).
+bool is_tap_major(const Tensor& weight) {
+  return weight.size(1) == 1 && !is_dense<6>(weight, {3, 2, 1, 5, 4, 0}) && is_dense<6>(weight, {2, 3, 1, 5, 4, 0});
+}
+
+Tensor empty_tap_major(const Tensor& like, const AggregationProblem& p) {
+  const Tensor map = empty_map(like, p.batch, p.weight_channels * p.taps(), p.rows.out, p.cols.out, true);
+  const Tensor weight = torch::stable::view(map, {p.batch, 1, p.taps(), p.weight_channels, p.rows.out, p.cols.out});
+  return torch::stable::transpose(weight, 2, 3);
+}
+
 Sizes sizes_of(const Tensor& tensor) { return Sizes(tensor.sizes().begin(), tensor.sizes().end()); }
 
 }  // namespace
@@ -101,7 +113,9 @@ AggregationProblem aggregation_problem(const Tensor& input, const Tensor& weight
   check_dim("input", input, 4);
   check_dim("weight", weight, 6);
   check_alike({{"input", &input}, {"weight", &weight}});
-  return make_problem(sizes_of(input), sizes_of(weight), window, is_channels_last(input));
+  AggregationProblem p = make_problem(sizes_of(input), sizes_of(weight), window, is_channels_last(input));
+  p.tap_major = p.channels_last && is_tap_major(weight);
+  return p;
 }
 
 AggregationProblem grad_input_problem(const Tensor& grad, const Tensor& weight, const Sizes& input_size, const Window& window) {
@@ -116,7 +130,8 @@ AggregationProblem grad_input_problem(const Tensor& grad, const Tensor& weight, 
   STD_TORCH_CHECK(heads > 0 && grad.size(1) % heads == 0, "grad must have a multiple of ", heads, " channels, got shape ",
                   show(grad.sizes()));
   const Sizes input{grad.size(0), grad.size(1) / heads, input_size[0], input_size[1]};
-  const AggregationProblem p = make_problem(input, sizes_of(weight), window, is_channels_last(grad));
+  AggregationProblem p = make_problem(input, sizes_of(weight), window, is_channels_last(grad));
+  p.tap_major = p.channels_last && is_tap_major(weight);
   check_grad(grad, p);
   return p;
 }
@@ -190,11 +205,12 @@ Tensor map_in_layout(const Tensor& map, bool channels_last) {
   return torch::stable::contiguous(map, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-Tensor weight_in_layout(const Tensor& weight, bool channels_last) {
-  if (channels_last ? is_dense<6>(weight, {3, 2, 1, 5, 4, 0}) : is_dense<6>(weight, {5, 4, 3, 2, 1, 0})) return weight;
+Tensor weight_in_layout(const Tensor& weight, const AggregationProblem& p) {
+  if (p.tap_major && weight.is_cuda()) return weight;
+  if (p.channels_last ? is_dense<6>(weight, {3, 2, 1, 5, 4, 0}) : is_dense<6>(weight, {5, 4, 3, 2, 1, 0})) return weight;
   const Sizes s = sizes_of(weight);
   const Tensor map = torch::stable::reshape(weight, {s[0], s[1] * s[2] * s[3], s[4], s[5]});
-  return torch::stable::view(map_in_layout(map, channels_last), {s[0], s[1], s[2], s[3], s[4], s[5]});
+  return torch::stable::view(map_in_layout(map, p.channels_last), {s[0], s[1], s[2], s[3], s[4], s[5]});
 }
 
 Tensor empty_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last) {
@@ -211,8 +227,15 @@ Tensor empty_grad_input(const Tensor& like, const AggregationProblem& p) {
 }
 
 Tensor empty_grad_weight(const Tensor& like, const AggregationProblem& p) {
+  if (p.tap_major && like.is_cuda()) return empty_tap_major(like, p);
   const Tensor map = empty_map(like, p.batch, p.heads * p.weight_channels * p.taps(), p.rows.out, p.cols.out, p.channels_last);
   return torch::stable::view(map, {p.batch, p.heads, p.weight_channels, p.taps(), p.rows.out, p.cols.out});
+}
+
+Tensor in_weight_order(const Tensor& grad_weight, const AggregationProblem& p) {
+  if (!p.tap_major || grad_weight.is_cuda() || grad_weight.dim() != 6) return grad_weight;
+  Tensor ordered = empty_tap_major(grad_weight, p);
+  return torch::stable::copy_(ordered, grad_weight);
 }
 
 Tensor empty_vector(const Tensor& like, const Sizes& sizes, ScalarType dtype) {

@@ -47,14 +47,17 @@ void check_shape(const char* name, const Tensor& tensor, const Sizes& expected);
 // Whether [N, C, H, W] strides mean channels_last; contiguous wins where both do.
 bool is_channels_last(const Tensor& map);
 
-// The tensor itself when it is already dense in the layout, otherwise a copy.
+// The tensor itself when it is already dense in the layout, otherwise a copy. Weights in tap-major order (problem.h) are for
+// the CUDA kernels only.
 Tensor map_in_layout(const Tensor& map, bool channels_last);
-Tensor weight_in_layout(const Tensor& weight, bool channels_last);
+Tensor weight_in_layout(const Tensor& weight, const AggregationProblem& problem);
 
 Tensor empty_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last);
 Tensor empty_output(const Tensor& like, const AggregationProblem& problem);
 Tensor empty_grad_input(const Tensor& like, const AggregationProblem& problem);
 Tensor empty_grad_weight(const Tensor& like, const AggregationProblem& problem);
+// The gradient of a weight is laid out as the weight: a copy where the CPU kernels left another order. Others as they are.
+Tensor in_weight_order(const Tensor& grad_weight, const AggregationProblem& problem);
 Tensor empty_vector(const Tensor& like, const Sizes& sizes, ScalarType dtype);
 // What stands for a gradient that was not asked for.
 Tensor no_grad(const Tensor& like);
