@@ -86,6 +86,8 @@ BUDGETS: tuple[Budget, ...] = (
     Budget("aggregation_image_b.*true>", registers_for(PIXELS, 2), "two blocks", **wide(6, 0)),
     Budget("aggregation_image_b.*Norm", registers_for(BOTH, 2), "two blocks", **wide(6, 2)),
     Budget("aggregation_image_b", registers_for(BOTH, 2), "two", **wide(6, 2), **ONLY_WIDE),
+    Budget("aggregation_tile_backward_k.*, false>", registers_for(TILE, 2), "two", **wide(8, 3)),
+    Budget("aggregation_tile_backward_kernel", registers_for(TILE, 2), "two blocks", **wide(8, 6)),
     Budget("softmax_normaliser_kernel", registers_for(constant("kAnyThreads"), 3), "three blocks"),
     Budget("group_norm_statistics_kernel", registers_for(NORM, 3), "three blocks: reads w alone"),
     Budget("group_norm_sums_kernel", registers_for(NORM, 1), "a block must fit"),

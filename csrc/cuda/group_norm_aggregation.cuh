@@ -6,7 +6,7 @@
 #include "cuda/aggregation.cuh"
 #include "cuda/aggregation_direct.cuh"
 #include "cuda/aggregation_image_backward.cuh"
-#include "cuda/aggregation_tile_grad_weight.cuh"
+#include "cuda/aggregation_tile_backward.cuh"
 #include "cuda/block_sum.cuh"
 #include "cuda/group_norm_aggregation_launch.h"
 
@@ -167,25 +167,6 @@ group_norm_strips_kernel(int64_t numbers, int strips, const double* parts /* [st
   store_vec(sums + i, Pack<double, 1>{{sum}});
 }
 
-// Sums of d and d * xhat for each tap of each group, [N, G*Cw, K, 2], from tiles where there are such.
-template <class scalar_t>
-void launch_group_norm_sums(const AggregationProblem& p, const NormWeights<scalar_t>& weights, const scalar_t* grad_y,
-                            const scalar_t* x, double* sums, double* parts, const DeviceNumbers& numbers, Stream stream) {
-  const int64_t units = p.batch * p.heads * p.weight_channels;
-  Launch launch;
-  launch.threads = kNormThreads;
-  const int strips = group_norm_strips(p, sizeof(scalar_t), numbers);
-  const NormSumsSink<scalar_t> sink{weights, strips > 1 ? parts : sums};
-  scalar_t* const nothing = nullptr;
-  if (!try_aggregation_tile_grad_weight(p, sink, weights.raw.w, grad_y, x, nothing, numbers, stream)) {
-    launch.grid_x = unsigned(units * p.taps());
-    launch_kernel(group_norm_sums_kernel<scalar_t>, launch, stream, p, weights, grad_y, x, sums);
-  } else if (strips > 1) {
-    launch.grid_x = blocks_for(units * 18, kNormThreads);
-    launch_kernel(group_norm_strips_kernel<acc_t<scalar_t>>, launch, stream, units * 18, strips, parts, sums);
-  }
-}
-
 template <class scalar_t>
 struct NormSink {
   using acc = acc_t<scalar_t>;
@@ -205,6 +186,47 @@ struct NormSink {
       }
   }
 };
+
+// Sums over strips of the map, where there are several, become those of the map.
+template <class scalar_t>
+void launch_group_norm_strips(const AggregationProblem& p, int strips, const double* parts, double* sums, Stream stream) {
+  if (strips == 1) return;
+  const int64_t units = p.batch * p.heads * p.weight_channels;
+  Launch launch;
+  launch.threads = kNormThreads;
+  launch.grid_x = blocks_for(units * 18, kNormThreads);
+  launch_kernel(group_norm_strips_kernel<acc_t<scalar_t>>, launch, stream, units * 18, strips, parts, sums);
+}
+
+// Sums of d and d * xhat for each tap of each group, [N, G*Cw, K, 2], and grad_x unless it is null. True when grad_w is done as
+// well, unless null: where a block has the sums of whole maps at hand.
+template <class scalar_t>
+bool launch_group_norm_sums(const AggregationProblem& p, const NormWeights<scalar_t>& weights, const scalar_t* grad_y,
+                            const scalar_t* x, scalar_t* grad_x, scalar_t* grad_w, double* sums, double* parts,
+                            const DeviceNumbers& numbers, Stream stream) {
+  const auto try_both = [&](auto kind, int strips) {
+    kind.sums = {weights, strips > 1 ? parts : sums};
+    if (!try_aggregation_tile_backward(p, kind, weights.raw.w, grad_y, x, grad_x, grad_w, numbers, stream)) return false;
+    launch_group_norm_strips<scalar_t>(p, strips, parts, sums, stream);
+    return true;
+  };
+  if (grad_x && grad_w && try_both(NormBackward<scalar_t, true>{}, 1)) return true;
+  if (grad_x && try_both(NormBackward<scalar_t, false>{}, group_norm_backward_strips(p, sizeof(scalar_t), numbers))) return false;
+  if (grad_x && !try_aggregation_tile<true>(p, weights, weights.raw.w, grad_y, grad_x, numbers, stream))
+    launch_aggregation_grad_input(p, weights, grad_y, grad_x, stream);
+  const int strips = group_norm_strips(p, sizeof(scalar_t), numbers);
+  const NormSumsSink<scalar_t> sink{weights, strips > 1 ? parts : sums};
+  scalar_t* const nothing = nullptr;
+  if (try_aggregation_tile_grad_weight(p, sink, weights.raw.w, grad_y, x, nothing, numbers, stream)) {
+    launch_group_norm_strips<scalar_t>(p, strips, parts, sums, stream);
+    return false;
+  }
+  Launch launch;
+  launch.threads = kNormThreads;
+  launch.grid_x = unsigned(p.batch * p.heads * p.weight_channels * p.taps());
+  launch_kernel(group_norm_sums_kernel<scalar_t>, launch, stream, p, weights, grad_y, x, sums);
+  return false;
+}
 
 // All gradients on channels_last maps, when there are kernels for them: the sums from one, and the others from a second.
 template <class scalar_t>
@@ -240,18 +262,21 @@ void group_norm_aggregation_backward(const AggregationProblem& p, const GroupNor
   if (try_group_norm_image_backward(p, a, grad_y, grad_x, grad_w, grad_gamma, grad_beta, scratch, numbers, stream)) return;
   const int64_t units = p.batch * p.heads * p.weight_channels, parameters = p.heads * p.weight_channels * p.taps();
   const NormWeights<scalar_t> weights = norm_weights(p, a);
-  if (grad_x && !try_aggregation_tile<true>(p, weights, a.w, grad_y, grad_x, numbers, stream))
-    launch_aggregation_grad_input(p, weights, grad_y, grad_x, stream);
-  if (!grad_w && !grad_gamma && !grad_beta) return;
+  if (!grad_w && !grad_gamma && !grad_beta) {
+    if (grad_x && !try_aggregation_tile<true>(p, weights, a.w, grad_y, grad_x, numbers, stream))
+      launch_aggregation_grad_input(p, weights, grad_y, grad_x, stream);
+    return;
+  }
   double* const means = scratch + 2 * units * p.taps();
+  const bool done =
+      launch_group_norm_sums(p, weights, grad_y, a.x, grad_x, grad_w, scratch, means + 2 * units, numbers, stream);
   Launch launch;
   launch.threads = kNormThreads;
-  launch_group_norm_sums(p, weights, grad_y, a.x, scratch, means + 2 * units, numbers, stream);
   if (grad_gamma || grad_beta) {
     launch.grid_x = blocks_for(parameters, kNormThreads);
     launch_kernel(group_norm_parameters_kernel<scalar_t>, launch, stream, p.batch, parameters, scratch, grad_gamma, grad_beta);
   }
-  if (!grad_w) return;
+  if (!grad_w || done) return;
   launch.grid_x = blocks_for(units, kNormThreads);
   launch_kernel(group_norm_means_kernel<scalar_t>, launch, stream, p, a.gamma, scratch, means);
   const NormTileSink<scalar_t> sink{weights, means};

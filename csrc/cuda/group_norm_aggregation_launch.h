@@ -5,6 +5,7 @@
 
 #include "core/problem.h"
 #include "core/window.h"
+#include "cuda/aggregation_tile_backward_launch.h"
 #include "cuda/aggregation_image_launch.h"
 #include "cuda/aggregation_tile_launch.h"
 #include "cuda/launch.h"
@@ -38,6 +39,11 @@ inline int group_norm_strips(const AggregationProblem& p, int element_bytes, con
   const Tile tile = choose_aggregation_tile(p, element_bytes, true, {true, false, true}, numbers);
   return tile.possible() ? tile.strips : 1;
 }
+// The same of the kernel that makes the gradient of the input as well.
+inline int group_norm_backward_strips(const AggregationProblem& p, int element_bytes, const DeviceNumbers& numbers) {
+  const BackwardTile tile = choose_aggregation_tile_backward(p, element_bytes, true, norm_backward_needs(false), numbers);
+  return tile.possible() ? tile.strips : 1;
+}
 
 // Doubles of scratch memory. Forward: mean and sum of squared distances of each part. Backward: two sums for each tap of
 // each group, two for each group, and the sums of strips before they are summed.
@@ -45,7 +51,8 @@ inline int64_t group_norm_forward_scratch(const AggregationProblem& p, const Nor
   return 2 * p.batch * p.heads * p.weight_channels * parts.count;
 }
 inline int64_t group_norm_backward_scratch(const AggregationProblem& p, int element_bytes, const DeviceNumbers& numbers) {
-  const int strips = group_norm_strips(p, element_bytes, numbers);
+  const int strips =
+      std::max(group_norm_strips(p, element_bytes, numbers), group_norm_backward_strips(p, element_bytes, numbers));
   return 2 * p.batch * p.heads * p.weight_channels * (p.taps() * (strips > 1 ? 1 + strips : 1) + 1);
 }
 

@@ -4,7 +4,7 @@
 #include "cuda/aggregation.cuh"
 #include "cuda/aggregation_direct.cuh"
 #include "cuda/aggregation_image_backward.cuh"
-#include "cuda/aggregation_tile_grad_weight.cuh"
+#include "cuda/aggregation_tile_backward.cuh"
 
 namespace cotnet {
 
@@ -25,6 +25,8 @@ void local_aggregation_backward(const AggregationProblem& p, const scalar_t* gra
                                 scalar_t* grad_x, scalar_t* grad_w, const DeviceNumbers& numbers, Stream stream) {
   const WeightStrides strides = weight_strides(p);
   const PlainWeights<scalar_t> weights{w, strides};
+  const PlainBackward<scalar_t> both;
+  if (grad_x && grad_w && try_aggregation_tile_backward(p, both, w, grad_y, x, grad_x, grad_w, numbers, stream)) return;
   if (try_aggregation_image_backward(p, weights, grad_y, x, w, grad_x, grad_w, numbers, stream)) return;
   if (grad_x && !try_aggregation_tile<true>(p, weights, w, grad_y, grad_x, numbers, stream))
     launch_aggregation_grad_input(p, weights, grad_y, grad_x, stream);

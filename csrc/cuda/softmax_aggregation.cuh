@@ -4,7 +4,7 @@
 #include "cuda/aggregation.cuh"
 #include "cuda/aggregation_direct.cuh"
 #include "cuda/aggregation_image_backward.cuh"
-#include "cuda/aggregation_tile_grad_weight.cuh"
+#include "cuda/aggregation_tile_backward.cuh"
 
 namespace cotnet {
 
@@ -60,6 +60,9 @@ template <class scalar_t>
 void softmax_aggregation_backward(const AggregationProblem& p, const scalar_t* grad_y, const scalar_t* x, const scalar_t* logits,
                                   scalar_t* grad_x, scalar_t* grad_logits, acc_t<scalar_t>* scratch, const DeviceNumbers& numbers,
                                   Stream stream) {
+  const SoftmaxBackward<scalar_t> both;
+  if (grad_x && grad_logits && try_aggregation_tile_backward(p, both, logits, grad_y, x, grad_x, grad_logits, numbers, stream))
+    return;
   const PlainWeights<scalar_t> plain{logits, weight_strides(p)};
   const SoftmaxWeights<scalar_t> weights{plain};
   if (try_aggregation_image_backward(p, weights, grad_y, x, logits, grad_x, grad_logits, numbers, stream)) return;

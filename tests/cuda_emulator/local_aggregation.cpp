@@ -50,4 +50,15 @@ COTNET_BINDINGS(m) {
     if (!tile.possible()) return py::none();
     return py::make_tuple(tile.planes, tile.rows, tile.strips, tile.launch.threads, tile.launch.shared_bytes, tile.bulk);
   });
+  // (planes, rows, strips, threads, bytes, turns) for both gradients of plain, softmax or norm weights, or for norm's sums.
+  m.def("choose_aggregation_tile_backward", [](const py::tuple& problem, int element_bytes, bool aligned,
+                                               const std::string& kind, const py::tuple& device) -> py::object {
+    const BackwardNeeds needs = kind == "softmax" ? softmax_backward_needs()
+                                : kind == "plain" ? BackwardNeeds{}
+                                                  : norm_backward_needs(kind == "norm");
+    const BackwardTile tile = choose_aggregation_tile_backward(aggregation_problem(problem), element_bytes, aligned, needs,
+                                                               device_numbers(device));
+    if (!tile.possible()) return py::none();
+    return py::make_tuple(tile.planes, tile.rows, tile.strips, tile.launch.threads, tile.launch.shared_bytes, tile.turns);
+  });
 }
