@@ -47,7 +47,8 @@ aggregation_direct_kernel(const AggregationProblem p, const Direct direct, const
   const bool first = segment == 0, last = segment == direct.row_vectors - 1;
   const int64_t plane = p.out_plane(), position = int64_t(vector) * kColumns, step = p.weight_channels * plane;
   const WeightPlace place{image, weight_channel, p.weight_channels, position, plane, 9};
-  const int64_t offset = (image * p.channels + chunk * kDirectChannels * p.weight_channels + weight_channel) * plane + position;
+  const int64_t channel = image * p.channels + chunk * kDirectChannels * p.weight_channels + weight_channel;
+  const int64_t offset = channel * plane + position;
   const scalar_t* const w_from = raw + place.unit() * 9 * plane + position;
 
   using Source = TapWeights<Weights, kColumns>;
@@ -103,7 +104,8 @@ bool try_aggregation_direct(const AggregationProblem& p, const Weights& weights,
     const bool aligned = alignment_of(raw) == 16 && alignment_of(x) == 16 && alignment_of(y) == 16;
     const Direct direct = choose_aggregation_direct(p, sizeof(scalar_t), kColumns, aligned);
     if (!direct.possible()) return false;
-    launch_kernel(&aggregation_direct_kernel<scalar_t, Weights, kColumns>, direct.launch, stream, p, direct, weights, raw, x, y);
+    launch_kernel(&aggregation_direct_kernel<scalar_t, Weights, kColumns>, direct.launch, stream, p, direct, weights, raw, x,
+                  y);
     return true;
   }
 }

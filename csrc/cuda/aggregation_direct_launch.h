@@ -26,9 +26,9 @@ struct Direct {
   bool possible() const { return row_vectors > 0; }
 };
 
-// `columns`: of a vector. Rows must be whole vectors, so that lanes are neighbours as columns are. For maps of more positions
-// than a block of tiles has: smaller ones come into shared memory whole, each row once, where this kernel asks the L1 cache
-// for it three times and for the rows around its block besides.
+// `columns`: of a vector. Rows must be whole vectors, so that lanes are neighbours as columns are. For maps of more
+// positions than a block of tiles has: smaller ones come into shared memory whole, each row once, where this kernel asks the
+// L1 cache for it three times and for the rows around its block besides.
 inline Direct choose_aggregation_direct(const AggregationProblem& p, int element_bytes, int columns, bool aligned) {
   Direct d;
   const int64_t width = p.cols.out;

@@ -6,7 +6,7 @@
 
 namespace cotnet {
 
-// read(t, w): the raw weights of tap t. transform(t, w) makes of them what is summed with, finish(sums) what it takes in the end.
+// read(t, w): the raw weights of tap t. transform(t, w) makes of them what is summed with, finish(sums) does what is left.
 template <class Weights, int kColumns>
 struct TapWeights;
 
@@ -59,7 +59,8 @@ struct TapWeights<NormWeights<scalar_t>, kColumns> {
   typename NormWeights<scalar_t>::Window window;
 
   template <class Read>
-  COTNET_DEVICE TapWeights(const NormWeights<scalar_t>& weights, const WeightPlace& at, const Read&) : window(weights.open(at)) {}
+  COTNET_DEVICE TapWeights(const NormWeights<scalar_t>& weights, const WeightPlace& at, const Read&)
+      : window(weights.open(at)) {}
   COTNET_DEVICE void transform(int t, acc (&w)[kColumns]) {
     const acc scale = window.rstd * window.scale(t), shift = window.beta ? load_wide(window.beta + t) : acc(0);
     COTNET_UNROLL

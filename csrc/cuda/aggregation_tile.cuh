@@ -1,6 +1,7 @@
 // Aggregations of 3 x 3 taps, stride 1, from tiles in shared memory: NCHW maps of any size. (5 x 5 and 7 x 7: the sums of
 // aggregation_tile_large.cuh.) A tile comes in runs of contiguous memory, by asynchronous copies of all of it or of 16 bytes
-// each, and the output leaves the same way: rows of 14 or 28 bytes, whose ends no vector fits, are met in shared memory only.
+// each, and the output leaves the same way: rows of 14 or 28 bytes, whose ends no vector fits, are met in shared memory
+// only.
 //
 // A thread owns four columns of one row and up to eight channels that share their weights: 36 weights and 32 sums in
 // registers, each weight widened and transformed once for eight channels. The gradient of the input is the same sum with the
@@ -55,8 +56,8 @@ COTNET_DEVICE void transform_mirrored(const Weights& weights, const WeightPlace&
 }
 
 template <class scalar_t>
-COTNET_DEVICE void transform_mirrored(const KnownSoftmaxWeights<scalar_t>& weights, const WeightPlace& at, int row, int column,
-                                      int height, int width, acc_t<scalar_t> (&w)[9][kTileColumns]) {
+COTNET_DEVICE void transform_mirrored(const KnownSoftmaxWeights<scalar_t>& weights, const WeightPlace& at, int row,
+                                      int column, int height, int width, acc_t<scalar_t> (&w)[9][kTileColumns]) {
   using acc = acc_t<scalar_t>;
   const acc* const unit = weights.normalisers + 2 * at.unit() * at.plane;
   COTNET_UNROLL
@@ -77,8 +78,8 @@ COTNET_DEVICE void transform_mirrored(const KnownSoftmaxWeights<scalar_t>& weigh
 
 // ---- the kernel
 
-// kSize: rows and columns of a window. kSharers: channels of a tile. kMirrored: the gradient of the input, from x = grad_y to
-// y = grad_x.
+// kSize: rows and columns of a window. kSharers: channels of a tile. kMirrored: the gradient of the input, from x = grad_y
+// to y = grad_x.
 template <class scalar_t, class Weights, int kSize, int kSharers, int kVector, bool kMirrored>
 COTNET_KERNEL(kTileThreads, 2)
 aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weights weights,
@@ -112,7 +113,8 @@ aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weigh
   const bool busy = of_plane < at.planes && row < height;
   const bool first_column = column == 0, last_column = column == width - kTileColumns;
   acc sums[kSharers][kTileColumns] = {};
-  const WeightPlace place{at.image, at.weight_channel + of_plane, p.weight_channels, int64_t(row) * width + column, plane, kTaps};
+  const int64_t position = int64_t(row) * width + column;
+  const WeightPlace place{at.image, at.weight_channel + of_plane, p.weight_channels, position, plane, kTaps};
   const scalar_t* const x_from = x_first + of_plane * plane + column;  // of the first loaded row
   const scalar_t* const w_from = w_tile + at.w_place() + of_plane * kTaps * plane + column;
   if constexpr (kSize > 3) {

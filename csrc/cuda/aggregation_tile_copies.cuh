@@ -5,7 +5,7 @@
 
 namespace cotnet {
 
-// Place of element `index` of an array within its 16 bytes, in elements. It lies at the same place within 16 bytes of the tile.
+// Place of element `index` of an array within its 16 bytes, in elements. In the tile it has the same place.
 template <class scalar_t>
 COTNET_DEVICE int place_in_chunk(unsigned index) {
   return int(index & (16 / sizeof(scalar_t) - 1));
@@ -95,7 +95,8 @@ class TileCopies {
     if (bulk_) fence_proxy_async();
     sync_block();
   }
-  COTNET_DEVICE void store(scalar_t* array, const scalar_t* from, int64_t begin, int elements, int thread, int threads) const {
+  COTNET_DEVICE void store(scalar_t* array, const scalar_t* from, int64_t begin, int elements, int thread,
+                           int threads) const {
     if (!bulk_) return store_run(array, from, begin, elements, thread, threads);
     if (thread == 0) bulk_store(array + begin, from, unsigned(elements) * unsigned(sizeof(scalar_t)));
   }

@@ -1,6 +1,7 @@
 // The gradient of the weights of 3 x 3 aggregations from tiles in shared memory: grad_w[t][q] is the sum over the channels
 // that share the weight of grad_y[q] * x[q + d_t]. A thread owns four columns of one row of one weight channel: 36 sums, to
-// which the channels come eight, four or two at a time. What becomes of the sums is decided by a sink, which may ask for the weights.
+// which the channels come eight, four or two at a time. What becomes of the sums is decided by a sink, which may ask for the
+// weights.
 #pragma once
 
 #include "cuda/aggregation_tile.cuh"
@@ -171,8 +172,10 @@ aggregation_tile_grad_weight_kernel(const AggregationProblem p, const Tile tile,
   }
   if (Sink::kSums) sync_block();  // what is summed over threads takes the place of all that was loaded
   if (busy) {
-    const WeightPlace place{at.image, at.weight_channel + of_plane, p.weight_channels, int64_t(row) * width + column, plane, 9};
-    if constexpr (Sink::kSums) sink.add(place, w, sums, segment * kTileColumns - column, parts, thread, at.planes * at.rows * tile.segments);
+    const int64_t position = int64_t(row) * width + column;
+    const WeightPlace place{at.image, at.weight_channel + of_plane, p.weight_channels, position, plane, 9};
+    const int stale = segment * kTileColumns - column;
+    if constexpr (Sink::kSums) sink.add(place, w, sums, stale, parts, thread, at.planes * at.rows * tile.segments);
     else sink.finish(place, w, sums);
   }
   sync_block();

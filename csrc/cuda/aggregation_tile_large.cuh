@@ -31,9 +31,10 @@ struct NeedsNormalisers<KnownSoftmaxWeights<scalar_t>> {
 // Adds to the sums of a thread all taps of its four columns. x_from, w_from: its column in the first loaded row of the first
 // channel, and of the first tap.
 template <int kSize, bool kMirrored, int kSharers, class scalar_t, class Weights>
-COTNET_DEVICE void sum_large_window(const Tile& tile, const TilePlace<scalar_t, kMirrored, kSize>& at, const Weights& weights,
-                                    const WeightPlace& place, const scalar_t* x_from, const scalar_t* w_from, int row, int column,
-                                    int height, int width, acc_t<scalar_t> (&sums)[kSharers][kTileColumns]) {
+COTNET_DEVICE void sum_large_window(const Tile& tile, const TilePlace<scalar_t, kMirrored, kSize>& at,
+                                    const Weights& weights, const WeightPlace& place, const scalar_t* x_from,
+                                    const scalar_t* w_from, int row, int column, int height, int width,
+                                    acc_t<scalar_t> (&sums)[kSharers][kTileColumns]) {
   using acc = acc_t<scalar_t>;
   constexpr int kHalo = kSize / 2, kTaps = kSize * kSize, kAround = kTileColumns + 2 * kHalo;
   // Columns column - kHalo, ..., of which those of the thread are always inside of the map.

@@ -10,17 +10,17 @@
 namespace cotnet {
 
 // Most channels of a tile that share a weight channel: weights are read and widened once for 8. Where fewer share one, or a
-// number that is no multiple, a tile has 4 or 2: registers and shared memory that are not taken let more blocks load at a time.
+// number that is no multiple, a tile has 4 or 2: what that leaves of registers and shared memory lets more blocks load.
 constexpr int kTileChannels = 8;
 // Neighbouring columns of a thread: 36 weights and 32 sums are what fits into the registers of a thread.
 constexpr int kTileColumns = 4;
 // Largest block: one thread for each four columns of each row of a tile.
 constexpr int kTileThreads = 256;
 
-// Whether tiles come and go by bulk copies (sm_90) where all their runs are whole chunks of 16 bytes, rather than by copies of
-// 16 bytes. A run then takes one thread's instructions, not address arithmetic of all threads: 17 to 19 percent of those of
-// the kernel. Against it speaks that runs of small maps begin at odd multiples of 16 bytes, where CUB prefers 128 on Hopper:
-// a benchmark with `false` here says what that costs.
+// Whether tiles come and go by bulk copies (sm_90) where all their runs are whole chunks of 16 bytes, rather than by copies
+// of 16 bytes. A run then takes one thread's instructions, not address arithmetic of all threads. Against it speaks that
+// runs of small maps begin at odd multiples of 16 bytes, where CUB prefers 128 on Hopper: not measured. With `false` here,
+// or for a device of arch 80, the same kernels copy 16 bytes at a time, for a benchmark to compare.
 constexpr bool kTileBulk = true;
 
 // A block owns `rows` rows of the planes of `planes` consecutive weight channels, for `channels` channels of each. Several
@@ -28,17 +28,17 @@ constexpr bool kTileBulk = true;
 struct Tile {
   int planes = 0;  // 0: not possible
   int rows = 0;
-  int strips = 0;    // of rows of a plane
+  int strips = 0;        // of rows of a plane
   int plane_groups = 0;  // of `planes` weight channels
   int channels = 0;      // that share a weight: kTileChannels, 4 or 2
   int chunks = 0;        // of as many
-  int segments = 0;  // of kTileColumns in a row, the last may overlap the one before
+  int segments = 0;      // of kTileColumns in a row, the last may overlap the one before
   // Elements of shared memory from one channel to the next, of the second map too, and from one tap to the next; and before
   // the second map and the weights.
   int x_stride = 0, second_stride = 0, w_stride = 0;
   int second_start = 0, w_start = 0;
   float per_segment = 0, per_row = 0;  // 1/segments, 1/rows
-  int vector = 1;    // columns that are aligned together in every row
+  int vector = 1;     // columns that are aligned together in every row
   bool bulk = false;  // runs move whole
   Launch launch;
 
@@ -54,18 +54,22 @@ struct TileNeeds {
 
 namespace tile {
 
-// Elements with room for the place of a run within 16 bytes, and for the column behind the last, which is read and not used.
+// Elements with room for the place of a run within 16 bytes, and for the columns behind the last, which may be read and not
+// used.
 inline int64_t room(int64_t elements, int element_bytes) {
   const int chunk = 16 / element_bytes;
   return ceil_div(elements + chunk + kTileColumns, chunk) * chunk;
 }
 
-// The distance of runs that begin `step` elements from each other in memory. It is the same within 16 bytes, so that each run
-// keeps its place within 16 bytes, and so does its neighbour at this distance.
+// The distance in the tile of runs that begin `step` elements from each other in memory: the same within 16 bytes, so that
+// all runs keep their places within 16 bytes.
 inline int64_t distance(int64_t elements, int64_t step, int element_bytes) {
   return room(elements, element_bytes) + step % (16 / element_bytes);
 }
-inline int64_t whole(int64_t elements, int element_bytes) { return ceil_div(elements, 16 / element_bytes) * (16 / element_bytes); }
+inline int64_t whole(int64_t elements, int element_bytes) {
+  const int chunk = 16 / element_bytes;
+  return ceil_div(elements, chunk) * chunk;
+}
 
 inline int channels_of(const AggregationProblem& p) {
   for (int channels = kTileChannels; channels > 1; channels /= 2)
@@ -82,19 +86,22 @@ inline bool allows(const AggregationProblem& p, int element_bytes, int size = 3)
          channels_of(p) > 0 && element_bytes <= 4;
 }
 
-// Larger windows, where eight channels share a weight: one kernel for each size, dtype and kind of weights is what rare windows
-// are worth. Not for the gradient of the weights, whose 25 or 49 sums for each column no thread has registers for.
+// Larger windows, where eight channels share a weight: one kernel for each size, dtype and kind of weights is what rare
+// windows are worth. Not for the gradient of the weights, whose 25 or 49 sums for each column no thread has registers for.
 inline bool allows_large(const AggregationProblem& p, int element_bytes, const TileNeeds& needs) {
-  return (allows(p, element_bytes, 5) || allows(p, element_bytes, 7)) && channels_of(p) == kTileChannels && !needs.second_map;
+  const bool large = allows(p, element_bytes, 5) || allows(p, element_bytes, 7);
+  return large && channels_of(p) == kTileChannels && !needs.second_map;
 }
 
 // Bytes of shared memory; fills in where its parts are.
 inline int64_t measure(Tile& t, const AggregationProblem& p, int element_bytes, const TileNeeds& needs) {
-  const int64_t halo = t.strips > 1 ? p.rows.kernel - 1 : 0, width = p.cols.out, plane = p.out_plane(), step = p.weight_channels * plane;
+  const int64_t halo = t.strips > 1 ? p.rows.kernel - 1 : 0, width = p.cols.out;
+  const int64_t plane = p.out_plane(), step = p.weight_channels * plane;
   t.x_stride = int(distance(t.planes * (t.rows + halo) * width, step, element_bytes));
   t.second_stride = int(distance(t.planes * t.rows * width, step, element_bytes));
   t.second_start = int(whole(t.channels * int64_t(t.x_stride), element_bytes));
-  t.w_start = needs.second_map ? int(whole(t.second_start + t.channels * int64_t(t.second_stride), element_bytes)) : t.second_start;
+  t.w_start = t.second_start;
+  if (needs.second_map) t.w_start += int(whole(t.channels * int64_t(t.second_stride), element_bytes));
   const int64_t w_rows = t.rows + (needs.weight_halo ? halo : 0);
   t.w_stride = int(t.strips > 1 ? distance(w_rows * width, plane, element_bytes) : plane);
   const int64_t w = t.strips > 1 ? p.taps() * t.w_stride : room(p.taps() * t.planes * plane, element_bytes);

@@ -52,8 +52,8 @@ struct TilePlace {
   int first_row, rows;           // that it computes
   int first_loaded, loaded;      // rows of x in the tile
   int w_first;                   // first row of the weights in the tile
-  // Elements of the arrays before the tile, as far as their place within 16 bytes goes, and from one channel or tap on.
-  unsigned x_start, x_step, w_start, w_step;
+  // Elements of the arrays before the tile, as far as their place within 16 bytes goes, and from one channel on.
+  unsigned x_start, x_step, w_start;
 
   COTNET_DEVICE TilePlace(const AggregationProblem& p, const Tile& tile) {
     const unsigned weight_channels = unsigned(p.weight_channels), plane_groups = unsigned(tile.plane_groups);
@@ -81,7 +81,6 @@ struct TilePlace {
     x_start = unsigned(channel(p, 0));
     x_step = unsigned(p.weight_channels * p.in_plane());
     w_start = unsigned(tap(p, 0));
-    w_step = unsigned(p.out_plane());
   }
   // Element of the first loaded row of channel j, and of tap t.
   COTNET_DEVICE int64_t channel(const AggregationProblem& p, int j) const {
@@ -90,20 +89,12 @@ struct TilePlace {
   COTNET_DEVICE int64_t tap(const AggregationProblem& p, int t) const {
     return ((image * p.weight_channels + weight_channel) * kTaps + t) * p.out_plane() + w_first * p.cols.out;
   }
-  // Where the first of them are in the tile; the others follow at the distances of the tile. `skipped`: of a second map without
-  // the rows around, which begins so many elements later.
+  // Where the first of them are in the tile; the others follow at the distances of the tile. `skipped`: of a second map
+  // without the rows around, which begins so many elements later.
   COTNET_DEVICE int x_place(int skipped = 0) const { return place_in_chunk<scalar_t>(x_start + unsigned(skipped)); }
   COTNET_DEVICE int w_place() const { return place_in_chunk<scalar_t>(w_start); }
-  // The same in tiles whose distances are whole chunks.
-  COTNET_DEVICE int channel_offset(const Tile& tile, int j) const {
-    return j * tile.x_stride + place_in_chunk<scalar_t>(x_start + unsigned(j) * x_step);
-  }
-  COTNET_DEVICE int weight_offset(const Tile& tile, int t, int of_plane, int plane) const {
-    if (tile.strips > 1) return t * tile.w_stride + place_in_chunk<scalar_t>(w_start + unsigned(t) * w_step);
-    return (of_plane * kTaps + t) * plane + place_in_chunk<scalar_t>(w_start);
-  }
   // On to the next channels that share their weights.
-  COTNET_DEVICE void next_channels(const AggregationProblem& p, int channels = kTileChannels) {
+  COTNET_DEVICE void next_channels(const AggregationProblem& p, int channels) {
     first_channel += channels * p.weight_channels;
     x_start += unsigned(channels) * x_step;
   }
@@ -118,12 +109,6 @@ struct TilePlace {
     for (int t = thread / 32; t < kTaps; t += threads / 32) body(t, (kMirrored ? loaded : rows) * width, thread % 32, 32);
   }
   COTNET_DEVICE int weight_runs(const Tile& tile) const { return tile.strips == 1 ? 1 : kTaps; }
-  COTNET_DEVICE void load_weights(const AggregationProblem& p, const Tile& tile, scalar_t* to, const scalar_t* raw, int thread,
-                                  int threads) const {
-    each_weight_run(p, tile, thread, threads, [&](int t, int elements, int i, int count) {
-      load_run(to + weight_offset(tile, t, 0, 0), raw, tap(p, t), elements, i, count);
-    });
-  }
   COTNET_DEVICE void load_weights(const TileCopies<scalar_t>& copies, const AggregationProblem& p, const Tile& tile,
                                   scalar_t* to, const scalar_t* raw, int thread, int threads) const {
     each_weight_run(p, tile, thread, threads, [&](int t, int elements, int i, int count) {
