@@ -1,20 +1,25 @@
 """Real kernels with classic mistakes: each must fail the tests, or the tests do not look at it.
 
-A mutation is a change of text in a copy of csrc/cuda, compiled for float32 only.
+A mutation is a change of text in a copy of csrc/cuda, compiled for float32 only; mutation_checks.py
+has the tests that it must fail.
 """
 
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from cpp_build import ROOT, run
-from emulated_maps import MODULE_FOLDER, TARGET
+from emulated_maps import TARGET
+from mutation_checks import CHECKS
 from test_sanitizers import environment
 
 TILE = "aggregation_tile.cuh"
@@ -59,35 +64,53 @@ MUTATIONS = {
     "no barrier before a row leaves": (BOTH, f"{BARRIER}        COTNET_U", "        COTNET_U"),
 }  # fmt: skip
 
-# Two planes in the last block where others have more, strips, channels in two turns, bulk copies of
-# these, maps without tiles, and channels_last ones.
-CHECK = """
-import sys
-import torch
-from emulated_aggregations import check_schedules
-from emulated_maps import GPUS, load_kernels
-from oracle import LOCAL
-from test_cuda_aggregation_large import WINDOWS
-from test_cuda_aggregations import TILES, tiled
+SHARED = "spatial_softmax_gate_common.cuh"
+ROWS = "spatial_softmax_gate_tile.cuh"
+SWEEP = "spatial_softmax_gate_sweep.cuh"
+OWN = "unit, chunk);"
+MUTATIONS |= {
+    "nothing changed in the gate": (SHARED, "", ""),
+    "gate: sums of another maximum": (SHARED, "    other.raise(most);\n", ""),
+    "gate: half of a warp's sums": (SHARED, "d = lanes; d < 32;", "d = lanes; d < 16;"),
+    "gate: a warp's sums": (SHARED, "memory + i, warps, width", "memory + i, warps - 1, width"),
+    "gate: no barrier before warps merge": (SHARED, f"{BARRIER}  SoftmaxSums", "  SoftmaxSums"),
+    "gate: no barrier before totals": (SHARED, f"  }}\n{BARRIER}", "  }\n"),
+    "gate: no barrier after the copies": (ROWS, f"{BARRIER}  sum_tile_rows", "  sum_tile_rows"),
+    "gate: no barrier before teams merge": (ROWS, f"{BARRIER}  if (thread", "  if (thread"),
+    "gate: no barrier before results": (ROWS, f".normalised();\n{BARRIER}", ".normalised();\n"),
+    "gate: a team's sums": (ROWS, "thread * teams, teams, 1", "thread * teams, teams - 1, 1"),
+    "gate: zeros beyond the row": (ROWS, "minus_infinity<scalar_t>()", "scalar_t(0)"),
+    "gate: the row before": (ROWS, "i < left ? first : second", "first"),
+    "gate: rows beyond the last": (ROWS, "left < plan.rows_per_block ? int(left) :", ""),
+    "gate: zeros beyond the chunk": (SWEEP, "minus_infinity<scalar_t>()", "scalar_t(0)"),
+    "gate: a batch kept in part": (SWEEP, "step + kCount > kept.steps", "step >= kept.steps"),
+    "gate: the first batch": (SWEEP, "step >= 0; step -=", "step > 0; step -="),
+    "gate: the last chunk": (SWEEP, "chunk < plan.chunks;", "chunk < plan.chunks - 1;"),
+    "gate: all chunks in one place": (SWEEP, f"own = partial_of(partial, vectors, plan, {OWN}",
+                                      "own = partial_of(partial, vectors, plan, unit, 0);"),
+}  # fmt: skip
 
-def schedules():
-    for name in ("forward", "backward", "random"):
-        load_kernels().set_schedule(name)
-        yield name
-
-names = ("tile_7x7", "tile_31x41", "tile_14x14", "large_9x11_k5", "direct_30x40", "image_19x37")
-direct, image = tiled("direct_30x40", 1, 2, 8, 30, 40), tiled("image_19x37", 1, 12, 2, 19, 37)
-for case in (*TILES, *WINDOWS, direct, image):
-    if case.name in names:
-        for gpu in ("H200", "small"):
-            for asked in LOCAL.arguments:
-                check_schedules(
-                    load_kernels(), schedules, LOCAL, case, torch.float32, case is image,
-                    gpu=GPUS[gpu], asked={asked}.__contains__,
-                )
-print("passed")
-"""
-
+FUSION = "context_fusion.cuh"
+LOGITS = "weights_of(maps.logits, first_row + int(threadIdx.x));\n"
+SLAB = "slab * width + i);\n"
+PART = "memory.part[team] = sum;\n"
+STAY = "mend_slot(in[b].g, maps.grad_y, slots[b], zero);"
+MUTATIONS |= {
+    "nothing changed in the fusion": (FUSION, "", ""),
+    "fusion: no barrier after the weights": (FUSION, LOGITS + BARRIER, LOGITS),
+    "fusion: no barrier before rows": (FUSION, f"  {BARRIER}    sum_products", "    sum_products"),
+    "fusion: no barrier before teams merge": (FUSION, PART + BARRIER, PART),
+    "fusion: no barrier after a slab's weights": (FUSION, SLAB + BARRIER, SLAB),
+    "fusion: no barrier before warps merge": (FUSION, f"sums[i];\n{BARRIER}", "sums[i];\n"),
+    "fusion: a team's sum": (FUSION, "0; i < plan.teams_per_row;", "1; i < plan.teams_per_row;"),
+    "fusion: a warp's sum": (FUSION, "warp < warps;", "warp < warps - 1;"),
+    "fusion: half of a warp's sums": (FUSION, "d = plan.lanes; d < 32;", "d = plan.lanes; d < 16;"),
+    "fusion: the last chunk": (FUSION, "chunk < plan.chunks;", "chunk < plan.chunks - 1;"),
+    "fusion: ends that fill no vector": (FUSION, f"if (kBackward) {STAY}", ""),
+    "fusion: the row before": (FUSION, "p = memory.row[++row];", "++row;"),
+    "fusion: rows beyond the last": (FUSION, "left < plan.rows_per_block ? int(left) :", ""),
+    "fusion: channels beyond the last": (FUSION, "if (channel >= plan.channels) return;", ""),
+}  # fmt: skip
 
 # What compiles once for all mutants, as it is most of the work: the headers of other projects.
 HEADERS = """
@@ -119,31 +142,72 @@ def prepared(tmp_path_factory) -> Path:
     return folder
 
 
+def op_of(name: str) -> str:
+    """The op whose kernels a file of csrc/cuda is tested with."""
+    return next((op for op in CHECKS if name.startswith(op)), "local_aggregation")
+
+
 def build(folder: Path, prepared: Path, name: str, old: str, new: str) -> None:
-    """The module of local_aggregation alone, from a copy of the kernels with one change."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """The module of one op alone, from a copy of the kernels with one change."""
     shutil.copytree(ROOT / "csrc" / "cuda", folder / "cuda")
     text = (folder / "cuda" / name).read_text()
     assert not old or old in text, f"{name} has changed: the mutation finds nothing"
     (folder / "cuda" / name).write_text(text.replace(old, new, 1) if old else text)
     sources = [f"-I{folder}", f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}"]
-    sources += [EMULATOR / "local_aggregation.cpp", prepared / "module.o"]
+    sources += [EMULATOR / f"{op_of(name)}.cpp", prepared / "module.o"]
     library = folder / f"{TARGET}{sysconfig.get_config_var('EXT_SUFFIX')}"
     compile_cpp("-include", prepared / "headers.h", "-shared", *sources, "-o", library)
 
 
+class Server:
+    """A process of mutation_checks.py."""
+
+    def __init__(self, folder: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "mutation_checks.py"],
+            env=environment(folder) | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def check(self, op: str, folder: Path) -> tuple[int, str]:
+        """Exit status and output of the checks of an op with the module in a folder."""
+        self.process.stdin.write(f"{op} {folder}\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline()), (folder / "log").read_text(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, prepared) -> Iterator[dict[str, Future]]:
+    """What becomes of each mutation that is asked for, worked out on all cores."""
+    workers = len(os.sched_getaffinity(0))
+    servers = [Server(prepared) for _ in range(workers)]
+    idle = queue.SimpleQueue()
+    for server in servers:
+        idle.put(server)
+
+    def outcome(number: int, mutation: str) -> tuple[int, str]:
+        folder = prepared / str(number)
+        build(folder, prepared, *MUTATIONS[mutation])
+        server = idle.get()
+        try:
+            return server.check(op_of(MUTATIONS[mutation][0]), folder)
+        finally:
+            idle.put(server)
+
+    items = [i for i in request.session.items if i.originalname == "test_mutations_are_caught"]
+    asked = [item.callspec.params["mutation"] for item in items]
+    with ThreadPoolExecutor(workers) as pool:
+        yield {name: pool.submit(outcome, i, name) for i, name in enumerate(asked)}
+        pool.shutdown(cancel_futures=True)
+    for server in servers:
+        server.process.communicate()
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_mutations_are_caught(tmp_path, prepared, mutation):
-    build(tmp_path / "mutant", prepared, *MUTATIONS[mutation])
-    env = environment(tmp_path) | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        MODULE_FOLDER: str(tmp_path / "mutant"),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK],
-        cwd=ROOT / "tests", env=env, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    passed = done.returncode == 0 and "passed" in done.stdout
+def test_mutations_are_caught(outcomes, mutation):
+    status, log = outcomes[mutation].result()
+    if mutation.startswith("nothing changed"):
+        assert status == 0, log[-3000:]
+        return
     reasons = ("AssertionError", "Error: ", "AddressSanitizer")
-    assert passed or any(reason in done.stderr for reason in reasons), done.stderr[-3000:]
-    assert passed == (mutation == "nothing changed"), done.stdout[-2000:] + done.stderr[-3000:]
+    assert status and any(reason in log for reason in reasons), (status, log[-3000:])
