@@ -89,6 +89,7 @@ BUDGETS: tuple[Budget, ...] = (
     Budget("aggregation_tile_backward_k.*, false>", registers_for(TILE, 2), "two", **wide(8, 3)),
     Budget("aggregation_tile_backward_kernel", registers_for(TILE, 2), "two blocks", **wide(8, 6)),
     Budget("softmax_normaliser_kernel", registers_for(constant("kAnyThreads"), 3), "three blocks"),
+    Budget("group_norm_image_st", registers_for(NORM, 3), "three", **wide(2, 0), narrow_loads=0),
     Budget("group_norm_statistics_kernel", registers_for(NORM, 3), "three blocks: reads w alone"),
     Budget("group_norm_sums_kernel", registers_for(NORM, 1), "a block must fit"),
     Budget("group_norm_(means|merge|parameters|strips)_k", registers_for(NORM, 2), "little to do"),

@@ -33,6 +33,10 @@ ScalarType statistics_dtype(const Tensor& input) {
   return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+int bytes_of(const Tensor& input) {
+  return input.scalar_type() == ScalarType::Double ? 8 : input.scalar_type() == ScalarType::Float ? 4 : 2;
+}
+
 template <class scalar_t>
 GroupNormOperands<scalar_t> operands(const Tensor& x, const Tensor& w, const std::optional<Tensor>& gamma,
                                      const std::optional<Tensor>& beta, const Tensor& mean, const Tensor& rstd) {
@@ -57,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_aggregation_cuda(
   const Tensor mean = empty_vector(input, {p.batch, p.heads * p.weight_channels}, statistics_dtype(input));
   const Tensor rstd = empty_vector(input, {p.batch, p.heads * p.weight_channels}, statistics_dtype(input));
   const Tensor y = empty_output(input, p);
-  const NormParts parts = choose_group_norm_statistics(p, context.numbers);
+  const NormParts parts = choose_group_norm_statistics(p, bytes_of(input), context.numbers);
   const Tensor scratch = empty_vector(input, {group_norm_forward_scratch(p, parts)}, ScalarType::Double);
   dispatch_dtype(x, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
@@ -95,9 +99,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_aggregation_backward_cuda(
   const Tensor grad_weight = output_mask[1] ? empty_grad_weight(input, p) : no_grad(input);
   const Tensor grad_gamma = output_mask[2] ? empty_vector(input, {parameters}, input.scalar_type()) : no_grad(input);
   const Tensor grad_beta = output_mask[3] ? empty_vector(input, {parameters}, input.scalar_type()) : no_grad(input);
-  const int element_bytes = input.scalar_type() == ScalarType::Double ? 8 : input.scalar_type() == ScalarType::Float ? 4 : 2;
   const Tensor scratch =
-      empty_vector(input, {group_norm_backward_scratch(p, element_bytes, context.numbers)}, ScalarType::Double);
+      empty_vector(input, {group_norm_backward_scratch(p, bytes_of(input), context.numbers)}, ScalarType::Double);
   dispatch_dtype(g, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const auto wanted = [&](int i, const Tensor& t) { return output_mask[i] ? mutable_data<scalar_t>(t) : nullptr; };

@@ -9,6 +9,7 @@
 #include "cuda/aggregation_tile_backward.cuh"
 #include "cuda/block_sum.cuh"
 #include "cuda/group_norm_aggregation_launch.h"
+#include "cuda/group_norm_image.cuh"
 
 namespace cotnet {
 
@@ -83,7 +84,8 @@ void group_norm_aggregation_forward(const AggregationProblem& p, const GroupNorm
   Launch launch;
   launch.grid_x = unsigned(units * parts.count);
   launch.threads = kNormThreads;
-  launch_kernel(group_norm_statistics_kernel<scalar_t>, launch, stream, p, weight_strides(p), parts, a.w, scratch);
+  if (!try_group_norm_image_statistics(p, parts, a.w, scratch, stream))
+    launch_kernel(group_norm_statistics_kernel<scalar_t>, launch, stream, p, weight_strides(p), parts, a.w, scratch);
   launch.grid_x = blocks_for(units, kNormThreads);
   launch_kernel(group_norm_merge_kernel<acc_t<scalar_t>>, launch, stream, units, p.taps() * p.out_plane(), parts, eps, scratch,
                 a.mean, a.rstd);

@@ -18,10 +18,27 @@ struct NormParts {
   int64_t elements;  // of each, the last may have fewer
 };
 
+// Groups that a block takes together where they lie side by side in memory, 0 where it takes one: 32 bytes of each tap, of
+// whole vectors of 16 bytes, with a thread for each vector of a pixel.
+inline int norm_image_slab(const AggregationProblem& p, int element_bytes) {
+  const int64_t groups = p.heads * p.weight_channels;
+  if (!p.channels_last || element_bytes > 4 || groups * element_bytes % 16 != 0) return 0;
+  const int bytes = groups * element_bytes > 16 ? 32 : 16;
+  return p.taps() * (bytes / 16) <= 128 ? bytes / element_bytes : 0;
+}
+
 // A group is K * Ho * Wo elements, at 14 x 14 some 1764, and N * G * Cw of them mostly fill a GPU. Where they are few they
 // are split until 4 blocks of 256 threads come to each multiprocessor, but no part has fewer than 2048 elements, 8 a thread:
 // below that a block costs more than it reads.
-inline NormParts choose_group_norm_statistics(const AggregationProblem& p, const DeviceNumbers& numbers) {
+inline NormParts choose_group_norm_statistics(const AggregationProblem& p, int element_bytes, const DeviceNumbers& numbers) {
+  if (const int slab = norm_image_slab(p, element_bytes); slab > 0) {
+    // Whole pixels, from 64 on: a thread takes five of them. Up to 1024, whose sums are as exact as float32 allows.
+    const int64_t plane = p.out_plane(), blocks = p.batch * ceil_div(p.heads * p.weight_channels, slab);
+    const int64_t wanted = ceil_div(4 * int64_t(numbers.sm_count), std::max<int64_t>(blocks, 1));
+    const int64_t parts = std::max(ceil_div(plane, 1024), std::min(wanted, std::max<int64_t>(1, plane / 64)));
+    const int64_t pixels = ceil_div(plane, parts);
+    return {ceil_div(plane, pixels), pixels * p.taps()};
+  }
   constexpr int64_t least = 2048;
   const int64_t size = p.taps() * p.out_plane(), groups = p.batch * p.heads * p.weight_channels;
   const int64_t wanted = ceil_div(4 * int64_t(numbers.sm_count), std::max<int64_t>(groups, 1));

@@ -14,7 +14,7 @@ COTNET_BINDINGS(m) {
       using scalar_t = typename decltype(tag)::type;
       using acc = acc_t<scalar_t>;
       const auto p = aggregation_problem(problem);
-      const NormParts parts = choose_group_norm_statistics(p, device_numbers(device));
+      const NormParts parts = choose_group_norm_statistics(p, sizeof(scalar_t), device_numbers(device));
       std::vector<double> scratch(size_t(group_norm_forward_scratch(p, parts)), NAN);
       group_norm_aggregation_forward<scalar_t>(
           p, {in<scalar_t>(x), in<scalar_t>(w), in<scalar_t>(gamma), in<scalar_t>(beta), out<acc>(mean), out<acc>(rstd)}, eps,
