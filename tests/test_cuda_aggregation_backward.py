@@ -27,7 +27,7 @@ TILES = (
     tiled("both_14x14", 1, 3, 16, 14, 14),
     tiled("both_28x28", 1, 2, 8, 28, 28),
     tiled("both_25x34", 1, 2, 8, 25, 34),
-    tiled("both_31x41", 1, 1, 8, 31, 41),
+    tiled("both_31x41", 1, 1, 16, 31, 41),
     tiled("both_40x32", 1, 1, 4, 40, 32),
     tiled("both_9x11", 1, 3, 12, 9, 11),
     tiled("both_2x5", 1, 40, 1, 2, 5),

@@ -128,9 +128,13 @@ print("alive")"""
 
 # Every kernel on maps whose rows and planes are no multiple of anything, several of them under all
 # orders of threads, and at odd addresses: a cross-section, as all of it takes many minutes.
-SELECTION = "odd_ or tile_7x7 or tile_31x41 or large_5x4 or direct_30x40 or narrow or empty"
+SELECTION = (
+    "odd_ or tile_7x7 or tile_31x41 or large_5x4 or direct_30x40 or narrow or empty"
+    " or both_7x7 or both_31x41"
+)
 FILES = (
     "aggregations",
+    "aggregation_backward",
     "aggregation_direct",
     "aggregation_large",
     "spatial_softmax_gate",

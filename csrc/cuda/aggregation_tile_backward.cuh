@@ -330,9 +330,9 @@ aggregation_tile_backward_kernel(const AggregationProblem p, const BackwardTile 
   for (int turn = 0, done = 0; turn < tile.turns; ++turn, done += tile.channels) {
     const int channels = int(p.sharing()) - done < tile.channels ? int(p.sharing()) - done : tile.channels;
     const int start = at.x_place(done * at.x_step), offset = start + view.position();  // of the first channel
-    if (turn > 0) {  // grad_x of the channels before has left
+    if (turn > 0) {  // a warp loads into what it has stored from
       maps.finish();
-      sync_block();
+      sync_warp();
     }
     for (int j = warp; j < tile.channels; j += threads / 32) {
       if (j >= channels) {

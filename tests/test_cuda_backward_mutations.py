@@ -1,0 +1,121 @@
+"""The kernel of both gradients with classic mistakes: each must fail the checks below.
+
+All mistakes are compiled into one module, beside what they replace; a variable of the environment
+says which of them is made.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from cpp_build import ROOT, run
+from emulated_aggregations import AGGREGATIONS, check_schedules
+from emulated_maps import GPUS, TARGET
+from test_cuda_aggregation_backward import NAMES
+from test_cuda_aggregation_backward import test_nonfinite_values_reach_only_their_window as hostile
+
+FILE = "aggregation_tile_backward.cuh"
+CHOICE = "COTNET_MISTAKE"
+BARRIER = "sync_block();"
+SIDES = "first_row, last_row, first_column, last_column"
+# A statement that is left out, with what stands before and behind it.
+MISSING = {
+    "no barrier after the place of the block": ("= 0;\n  ", BARRIER, "\n  TileCopies"),
+    "no zeros": ("", "if (thread < 12) reinterpret_cast<uint32_t*>(memory)[4 + thread] = 0;", ""),
+    "grad_x replaces x too early": ("", BARRIER, "  // nobody reads x any more"),
+    "the next channels replace grad_x": ("", "sync_warp();", ""),
+    "no barrier after the normalisers": ("prepare(view);\n      ", BARRIER, ""),
+    "no barrier before grad_x leaves": ("", "maps.ready_to_store();", ""),
+    "sums of what is outside": ("", f"drop_outside({SIDES}, d);", ""),
+    "no wait for the stores": ("", "maps.finish();", "\n  if constexpr"),
+    "sums replace grad_x": ("", BARRIER, "  // grad_x has left"),
+    "grad_w replaces the weights too early": ("", BARRIER, "  // nobody reads the weights"),
+    "no barrier before grad_w leaves": ("", "weights.ready_to_store();", ""),
+    "no wait for the last stores": ("", "weights.finish();", ""),
+    "no barrier before the sums": ("items);\n    ", BARRIER, "\n    const int64_t unit"),
+    "no barrier before the means": ("(kWholeMaps) {\n      ", BARRIER, ""),
+    "no barrier after the means": ("at[1];\n      }\n      ", BARRIER, ""),
+}  # fmt: skip
+# An expression, and what takes its place.
+WRONG = {
+    "a column before the map": ("first_column ? acc_t<scalar_t>(0) : values[0]", "values[0]"),
+    "a column behind the map": (
+        "last_column ? acc_t<scalar_t>(0) : values[kTileColumns + 1]", "values[kTileColumns + 1]",
+    ),
+    "a weight from outside": ("outside || beside ? acc(0) : taps[v][i]", "taps[v][i]"),
+    "a row below the map": ("last_row ? zeros : own + width", "own + width"),
+    "a column counted twice": ("i < stale ? acc(0) : d[t][i]", "d[t][i]"),
+}  # fmt: skip
+
+
+def with_all(text: str) -> str:
+    """The kernel with all mistakes in it."""
+    for number, (name, (before, old, behind)) in enumerate(MISSING.items()):
+        assert before + old + behind in text, f"{FILE} has changed: nothing to leave out, {name}"
+        choice = f"{before}if (mistake != {number}) {{ {old} }}{behind}"
+        text = text.replace(before + old + behind, choice, 1)
+    for number, (name, (old, new)) in enumerate(WRONG.items(), len(MISSING)):
+        assert old in text, f"{FILE} has changed: nothing to replace, {name}"
+        text = text.replace(old, f"(mistake == {number} ? ({new}) : ({old}))", 1)
+    text = text.replace("namespace cotnet {\n", "namespace cotnet {\ninline int mistake = -1;\n", 1)
+    start = "    const bool aligned = alignment_of(raw)"
+    assert start in text
+    return text.replace(start, f'    mistake = std::atoi(std::getenv("{CHOICE}"));\n{start}', 1)
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory) -> ModuleType:
+    folder = tmp_path_factory.mktemp("mistaken")
+    shutil.copytree(ROOT / "csrc" / "cuda", folder / "cuda")
+    path = folder / "cuda" / FILE
+    path.write_text("#include <cstdlib>\n" + with_all(path.read_text()))
+    emulator = ROOT / "tests" / "cuda_emulator"
+    library = folder / f"{TARGET}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    run(
+        os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-shared", "-fPIC",
+        "-fvisibility=hidden", "-DCOTNET_EMULATED", "-DCOTNET_FLOAT32_ONLY",
+        f"-I{folder}", f"-I{emulator}", f"-I{ROOT / 'csrc'}",
+        *run(sys.executable, "-m", "pybind11", "--includes").split(),
+        emulator / "module.cpp", *(emulator / f"{function}.cpp" for function in AGGREGATIONS),
+        "-o", library,
+    )  # fmt: skip
+    spec = importlib.util.spec_from_file_location(TARGET, library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_everything(kernels: ModuleType) -> None:
+    """Strips of odd width, several planes, channels by turns in bulk copies, hostile values."""
+
+    def schedules() -> Iterator[str]:
+        for name in ("forward", "backward", "random"):
+            kernels.set_schedule(name)
+            yield name
+
+    for name in ("7x7", "14x14", "31x41"):
+        for gpu in (GPUS["H200"], GPUS["small"]):
+            for function in AGGREGATIONS:
+                case = NAMES[name]
+                check_schedules(kernels, schedules, function, case, torch.float32, False, gpu=gpu)
+    for where in ("weight", "grad"):
+        hostile(kernels, NAMES["31x41"], GPUS["small"], torch.inf, where)
+
+
+@pytest.mark.parametrize("mistake", ["none", *MISSING, *WRONG])
+def test_mistakes_are_caught(mistaken, monkeypatch, mistake):
+    monkeypatch.setenv(CHOICE, str(["none", *MISSING, *WRONG].index(mistake) - 1))
+    try:
+        check_everything(mistaken)
+    except (AssertionError, mistaken.Error):
+        assert mistake != "none"
+    else:
+        assert mistake == "none", "the mistake was not seen"
