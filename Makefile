@@ -32,8 +32,9 @@ setup: $(VENV)/ready  ## Make the virtual environment and install the package in
 demo: setup  ## Run the modules on photographs, train a small network, draw a picture of both
 	cotnet-ext demo $(ARGS)
 
+# A file of tests stays in one process, so that what the file builds is built once.
 test: setup  ## Run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 bench: setup  ## Measure every operator and module against PyTorch, write tables and plots
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Other workers need the core that a waiting thread of OpenMP would keep busy.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 def pytest_addoption(parser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -38,8 +39,19 @@ def cmake_build(name: str, *targets: str, **definitions: str) -> Path:
     """Configure build/<name> with the definitions, build the targets (or all); the folder."""
     folder = ROOT / "build" / name
     settings = [f"-D{key}={value}" for key, value in definitions.items()]
-    # --fresh: a folder of another checkout or another Python must not decide anything.
-    run("cmake", "--fresh", "-S", ROOT, "-B", folder, "-G", "Ninja",
-        f"-DPython_EXECUTABLE={sys.executable}", *settings)  # fmt: skip
-    run("cmake", "--build", folder, *(["--target", *targets] if targets else []))
+    # One of the processes of pytest-xdist builds what all of them use.
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    wanted = " ".join((str(session), *targets, *settings))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "built", "a+") as built:
+        fcntl.flock(built, fcntl.LOCK_EX)
+        built.seek(0)
+        if session and wanted in built.read().splitlines():
+            return folder
+        # --fresh: a folder of another checkout or another Python must not decide anything.
+        run("cmake", "--fresh", "-S", ROOT, "-B", folder, "-G", "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}", *settings)  # fmt: skip
+        run("cmake", "--build", folder, *(["--target", *targets] if targets else []))
+        if session:
+            built.write(f"{wanted}\n")
     return folder

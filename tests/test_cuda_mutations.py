@@ -127,8 +127,9 @@ def compile_cpp(*arguments: str | Path) -> None:
     includes = run(sys.executable, "-m", "pybind11", "--includes").split()
     run(
         os.environ.get("CXX", "c++"), "-std=c++17", "-Og", "-g1", "-fPIC", "-fvisibility=hidden",
-        "-fsanitize=address", "-fno-omit-frame-pointer", "-DCOTNET_EMULATED",
-        "-DCOTNET_FLOAT32_ONLY", *includes, *arguments,
+        # Checks of addresses as calls, and of nothing on the stack: compiling takes half the time.
+        "-fsanitize=address", "--param", "asan-instrumentation-with-call-threshold=0", "--param",
+        "asan-stack=0", "-DCOTNET_EMULATED", "-DCOTNET_FLOAT32_ONLY", *includes, *arguments,
     )  # fmt: skip
 
 
