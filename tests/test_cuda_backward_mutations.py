@@ -6,7 +6,7 @@ says which of them is made.
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -18,7 +18,7 @@ import pytest
 import torch
 from cpp_build import ROOT, run
 from emulated_aggregations import AGGREGATIONS, check_schedules
-from emulated_maps import GPUS, TARGET
+from emulated_maps import GPUS, MODULE_FOLDER, TARGET, load_kernels
 from test_cuda_aggregation_backward import NAMES
 from test_cuda_aggregation_backward import test_nonfinite_values_reach_only_their_window as hostile
 
@@ -54,6 +54,7 @@ WRONG = {
     "a row below the map": ("last_row ? zeros : own + width", "own + width"),
     "a column counted twice": ("i < stale ? acc(0) : d[t][i]", "d[t][i]"),
 }  # fmt: skip
+MISTAKES = ("none", *MISSING, *WRONG)
 
 
 def with_all(text: str) -> str:
@@ -69,28 +70,6 @@ def with_all(text: str) -> str:
     start = "    const bool aligned = alignment_of(raw)"
     assert start in text
     return text.replace(start, f'    mistake = std::atoi(std::getenv("{CHOICE}"));\n{start}', 1)
-
-
-@pytest.fixture(scope="module")
-def mistaken(tmp_path_factory) -> ModuleType:
-    folder = tmp_path_factory.mktemp("mistaken")
-    shutil.copytree(ROOT / "csrc" / "cuda", folder / "cuda")
-    path = folder / "cuda" / FILE
-    path.write_text("#include <cstdlib>\n" + with_all(path.read_text()))
-    emulator = ROOT / "tests" / "cuda_emulator"
-    library = folder / f"{TARGET}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    run(
-        os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-shared", "-fPIC",
-        "-fvisibility=hidden", "-DCOTNET_EMULATED", "-DCOTNET_FLOAT32_ONLY",
-        f"-I{folder}", f"-I{emulator}", f"-I{ROOT / 'csrc'}",
-        *run(sys.executable, "-m", "pybind11", "--includes").split(),
-        emulator / "module.cpp", *(emulator / f"{function}.cpp" for function in AGGREGATIONS),
-        "-o", library,
-    )  # fmt: skip
-    spec = importlib.util.spec_from_file_location(TARGET, library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def check_everything(kernels: ModuleType) -> None:
@@ -110,12 +89,44 @@ def check_everything(kernels: ModuleType) -> None:
         hostile(kernels, NAMES["31x41"], GPUS["small"], torch.inf, where)
 
 
-@pytest.mark.parametrize("mistake", ["none", *MISSING, *WRONG])
-def test_mistakes_are_caught(mistaken, monkeypatch, mistake):
-    monkeypatch.setenv(CHOICE, str(["none", *MISSING, *WRONG].index(mistake) - 1))
-    try:
-        check_everything(mistaken)
-    except (AssertionError, mistaken.Error):
-        assert mistake != "none"
-    else:
-        assert mistake == "none", "the mistake was not seen"
+def report(kernels: ModuleType) -> dict[str, bool]:
+    """Whether the checks fail, for each mistake."""
+    seen = {}
+    for number, mistake in enumerate(MISTAKES):
+        os.environ[CHOICE] = str(number - 1)
+        try:
+            check_everything(kernels)
+            seen[mistake] = False
+        except (AssertionError, kernels.Error):
+            seen[mistake] = True
+    return seen
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> dict[str, bool]:
+    """The report of a process of its own, as a process has only one module of this name."""
+    folder = tmp_path_factory.mktemp("mistaken")
+    shutil.copytree(ROOT / "csrc" / "cuda", folder / "cuda")
+    path = folder / "cuda" / FILE
+    path.write_text("#include <cstdlib>\n" + with_all(path.read_text()))
+    emulator = ROOT / "tests" / "cuda_emulator"
+    run(
+        os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-shared", "-fPIC",
+        "-fvisibility=hidden", "-DCOTNET_EMULATED", "-DCOTNET_FLOAT32_ONLY",
+        f"-I{folder}", f"-I{emulator}", f"-I{ROOT / 'csrc'}",
+        *run(sys.executable, "-m", "pybind11", "--includes").split(),
+        emulator / "module.cpp", *(emulator / f"{function}.cpp" for function in AGGREGATIONS),
+        "-o", folder / f"{TARGET}{sysconfig.get_config_var('EXT_SUFFIX')}",
+    )  # fmt: skip
+    paths = os.pathsep.join(filter(None, sys.path))
+    done = run(sys.executable, __file__, env={MODULE_FOLDER: str(folder), "PYTHONPATH": paths})
+    return json.loads(done.splitlines()[-1])
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_caught(seen, mistake):
+    assert seen[mistake] == (mistake != "none")
+
+
+if __name__ == "__main__":
+    print(json.dumps(report(load_kernels())))
