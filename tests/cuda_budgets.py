@@ -83,7 +83,7 @@ BUDGETS: tuple[Budget, ...] = (
     # channels_last: all moves in 16 bytes, but for numbers of a group norm and sums in double.
     Budget("aggregation_image_k.*Norm", registers_for(PIXELS, 3), "three blocks", **wide(4, 1)),
     Budget("aggregation_image_kernel", registers_for(PIXELS, 4), "four", **wide(4, 1), **ONLY_WIDE),
-    Budget("aggregation_image_b.*true>", registers_for(PIXELS, 2), "two blocks", **wide(6, 0)),
+    Budget("aggregation_image_b.*true", registers_for(PIXELS, 2), "two blocks", **wide(6, 0)),
     Budget("aggregation_image_b.*Norm", registers_for(BOTH, 2), "two blocks", **wide(6, 2)),
     Budget("aggregation_image_b", registers_for(BOTH, 2), "two", **wide(6, 2), **ONLY_WIDE),
     Budget("aggregation_tile_backward_k.*, false>", registers_for(TILE, 2), "two", **wide(8, 3)),

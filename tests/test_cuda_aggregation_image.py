@@ -3,6 +3,7 @@ weights in both orders, and values on maps that end anywhere within a block."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -109,18 +110,14 @@ def test_other_problems_go_elsewhere(kernels):
 STAGES = ("stage1_64x56x56", "stage2_128x28x28", "stage3_256x14x14", "stage4_512x7x7")
 
 
-@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
-@TYPES
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @each(tuple(CASES[stage] for stage in STAGES) + IMAGES)
-def test_blocks_fit_the_gpu(kernels, case, dtype, gpu, backward):
-    size = torch.finfo(dtype).bits // 8
-    for norm in (False, True):
-        found = kernels.choose_aggregation_image(
-            problem(case, True), size, True, backward, norm, gpu
-        )
+def test_blocks_fit_the_gpu(kernels, case):
+    for gpu, dtype, backward, norm in itertools.product(
+        GPUS, DTYPES[1:], (False, True), (False, True)
+    ):
+        found = chosen(kernels, case, dtype, backward=backward, norm=norm, gpu=gpu)
         columns, rows, step, tiles, strips, slabs, threads, blocks, shared = found
-        assert threads <= (256 if backward else 128) and shared <= gpu[2] // 2
+        assert threads <= (256 if backward else 128) and shared <= GPUS[gpu][2] // 2
         assert columns * tiles >= case.width > columns * (tiles - 1)
         assert rows * strips >= case.height > rows * (strips - 1)
         assert step <= rows <= 32

@@ -231,26 +231,35 @@ COTNET_DEVICE void transform_window(const Weights&, const acc* numbers, int slab
   }
 }
 
+// Weight channels of a slab: kPiece bytes, 16 or 32, so that the compiler knows distances in shared memory, or any (0), for
+// elements of 32 bits, which have fewer instructions to each byte and no registers to spare. Looked up at every use.
+template <class scalar_t, int kPiece>
+struct ImageSlab {
+  const ImageTile& tile;
+  COTNET_DEVICE operator int() const { return kPiece > 0 ? kPiece / int(sizeof(scalar_t)) : tile.slab; }
+};
+
 // ---- forward
 
-template <class scalar_t, class Weights>
+template <class scalar_t, class Weights, int kPiece>
 COTNET_KERNEL(kImageThreads, 3)
 aggregation_image_kernel(const AggregationProblem p, const ImageTile tile, const Weights weights,
                          const scalar_t* raw /* [N, Cw, 9, H, W] */, const scalar_t* x /* [N, C, H, W] */,
                          scalar_t* y /* [N, C, H, W] */) {
   using acc = acc_t<scalar_t>;
   constexpr int kTogether = kImageTogether<scalar_t>;
+  const ImageSlab<scalar_t, kPiece> slab{tile};
   COTNET_SHARED_DYNAMIC(memory);
   const ImagePlace at(p, tile);
   acc* const table = reinterpret_cast<acc*>(memory);  // [kImageTable, slab]
-  scalar_t* const x_rows = reinterpret_cast<scalar_t*>(table + (kIsNorm<Weights> ? kImageTable * tile.slab : 0));
+  scalar_t* const x_rows = reinterpret_cast<scalar_t*>(table + (kIsNorm<Weights> ? kImageTable * slab : 0));
   const ImageFeed<scalar_t> x_feed(tile.map, at, 1);                         // [ring, columns + 2, pitch]
   const ImageFeed<scalar_t> w_feed(tile.weights, at, p.tap_major ? 1 : 9);  // [weight_ring, columns, pitch]
   scalar_t* const w_rows = x_rows + tile.ring * x_feed.rows.line;
-  fill_table(weights, p, at, tile.slab, nullptr, table);
+  fill_table(weights, p, at, slab, nullptr, table);
 
   // A pixel `row` rows below the first of a step, and four weight channels.
-  const int quads = tile.slab / kImageQuad, thread = int(threadIdx.x), quad = thread & (quads - 1), pixel = thread / quads;
+  const int quads = slab / kImageQuad, thread = int(threadIdx.x), quad = thread & (quads - 1), pixel = thread / quads;
   const int row = pixel / tile.columns, column = pixel - row * tile.columns;
   const int sharing = int(p.sharing());
   const bool mine = column < at.columns && row < tile.step && quad * kImageQuad < at.channels;
@@ -276,8 +285,8 @@ aggregation_image_kernel(const AggregationProblem p, const ImageTile tile, const
     const unsigned lanes = ballot(kAllLanes, busy);
     if (busy) {
       acc w[9][kImageQuad];
-      read_window(w_rows + w_feed.at(around(w_place, row, tile.weight_ring), column), quad, tile.slab, p.tap_major, w);
-      transform_window(weights, table + quad * kImageQuad, tile.slab, w);
+      read_window(w_rows + w_feed.at(around(w_place, row, tile.weight_ring), column), quad, slab, p.tap_major, w);
+      transform_window(weights, table + quad * kImageQuad, slab, w);
       const scalar_t* window[3];
       COTNET_UNROLL
       for (int u = 0; u < 3; ++u) 
@@ -292,7 +301,7 @@ aggregation_image_kernel(const AggregationProblem p, const ImageTile tile, const
           COTNET_UNROLL
           for (int k = 0; k < kTogether; ++k) {
             acc values[kImageQuad];
-            read_quad(window[t / 3] + t % 3 * x_feed.rows.pitch + (j + k) * tile.slab, values);
+            read_quad(window[t / 3] + t % 3 * x_feed.rows.pitch + (j + k) * slab, values);
             COTNET_UNROLL
             for (int i = 0; i < kImageQuad; ++i) sums[k][i] = fma(w[t][i], values[i], sums[k][i]);
           }
@@ -318,7 +327,10 @@ bool try_aggregation_image(const AggregationProblem& p, const Weights& weights, 
     needs.norm = kIsNorm<Weights>;
     const ImageTile tile = choose_aggregation_image(p, sizeof(scalar_t), aligned, needs, numbers);
     if (!tile.possible()) return false;
-    launch_kernel(aggregation_image_kernel<scalar_t, Weights>, tile.launch, stream, p, tile, weights, raw, x, y);
+    const auto launch = [&](auto* kernel) { launch_kernel(kernel, tile.launch, stream, p, tile, weights, raw, x, y); };
+    if constexpr (sizeof(scalar_t) == 4) launch(&aggregation_image_kernel<scalar_t, Weights, 0>);
+    else if (tile.slab == 16) launch(&aggregation_image_kernel<scalar_t, Weights, 32>);
+    else launch(&aggregation_image_kernel<scalar_t, Weights, 16>);
     return true;
   }
 }

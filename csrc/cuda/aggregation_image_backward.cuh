@@ -171,7 +171,7 @@ struct ImageSums {
 };
 
 // Any of grad_x and grad_w may be null, as the tile was chosen for. With kSums neither is written: sums for group norm are.
-template <class scalar_t, class Weights, bool kSums>
+template <class scalar_t, class Weights, bool kSums, int kPiece>
 COTNET_KERNEL(kSums ? kImageThreads : kImageBackwardThreads, 2)
 aggregation_image_backward_kernel(const AggregationProblem p, const ImageTile tile, const Weights weights,
                                   const double* means /* [N, Cw, 2] */, double* sums /* [parts of a map, N*Cw, 9, 2] */,
@@ -180,14 +180,15 @@ aggregation_image_backward_kernel(const AggregationProblem p, const ImageTile ti
                                   scalar_t* grad_w /* [N, Cw, 9, H, W] */) {
   using acc = acc_t<scalar_t>;
   constexpr int kTogether = kImageTogether<scalar_t>;
+  const ImageSlab<scalar_t, kPiece> slab{tile};
   constexpr bool kPlain = !kIsSoftmax<Weights> && !kIsNorm<Weights>;
   COTNET_SHARED_DYNAMIC(memory);
   const ImagePlace at(p, tile);
   const bool has_w = !kPlain || grad_x, has_x = kSums || grad_w;
   const int pixels = tile.columns + 2;
   acc* const table = reinterpret_cast<acc*>(memory);  // [kImageTable, slab]
-  acc* const known = table + (kIsNorm<Weights> ? kImageTable * tile.slab : 0);
-  const int known_size = kIsSoftmax<Weights> ? tile.ring * pixels * tile.slab : 0;
+  acc* const known = table + (kIsNorm<Weights> ? kImageTable * slab : 0);
+  const int known_size = kIsSoftmax<Weights> ? tile.ring * pixels * slab : 0;
   const ImageNormalisers<acc> normalisers{known, known + known_size};
   const ImageFeed<scalar_t> feed(tile.map, at, 1);                           // [ring, columns + 2, pitch]
   const ImageFeed<scalar_t> w_feed(tile.weights, at, p.tap_major ? 1 : 9);  // the same
@@ -195,14 +196,14 @@ aggregation_image_backward_kernel(const AggregationProblem p, const ImageTile ti
   scalar_t* const x_rows = g_rows + tile.ring * feed.rows.line;
   scalar_t* const w_rows = x_rows + tile.ring * feed.rows.line;
   scalar_t* const staged = w_rows + tile.ring * w_feed.rows.line;  // [step, columns, 9 * slab]: rows of grad_w
-  fill_table(weights, p, at, tile.slab, means, table);
+  fill_table(weights, p, at, slab, means, table);
   [[maybe_unused]] ImageSums<acc> total;
 
   // A pixel `row` rows below the first of a step, and four weight channels.
   const bool second = int(threadIdx.x) >= tile.pass_threads;
   const bool for_x = !kSums && grad_x && !second;
   const int thread = int(threadIdx.x) - (second ? tile.pass_threads : 0);
-  const int quads = tile.slab / kImageQuad, quad = thread & (quads - 1), pixel = thread / quads;
+  const int quads = slab / kImageQuad, quad = thread & (quads - 1), pixel = thread / quads;
   const int row = pixel / tile.columns, column = pixel - row * tile.columns, sharing = int(p.sharing());
   const bool mine = column < at.columns && row < tile.step && quad * kImageQuad < at.channels;
   const acc* const numbers = table + quad * kImageQuad;
@@ -223,7 +224,7 @@ aggregation_image_backward_kernel(const AggregationProblem p, const ImageTile ti
     if (has_w && (kIsSoftmax<Weights> || !p.tap_major)) {
       COTNET_UNROLL_BY(1)
       for (int k = first == 0 ? 0 : 2; k < tile.step + 2 && first + k < loaded; ++k)
-        prepare_row<kIsSoftmax<Weights>>(w_rows, w_feed, around(place, k, tile.ring), at.columns + 2, tile.slab, p.tap_major,
+        prepare_row<kIsSoftmax<Weights>>(w_rows, w_feed, around(place, k, tile.ring), at.columns + 2, slab, p.tap_major,
                                          normalisers);
     }
     COTNET_UNROLL_BY(1)
@@ -244,9 +245,9 @@ aggregation_image_backward_kernel(const AggregationProblem p, const ImageTile ti
         window[u] = g_rows + feed.at(line, column) + quad * kImageQuad;
         COTNET_UNROLL
         for (int v = 0; v < 3; ++v) {
-          const int t = u * 3 + v, from = (line * pixels + column + 2 - v) * tile.slab + quad * kImageQuad;
-          read_quad(w_rows + w_feed.at(line, column + 2 - v) + t * tile.slab + quad * kImageQuad, w[t]);
-          transform_tap(weights, t, numbers, tile.slab, normalisers.top + from, normalisers.scale + from, w[t]);
+          const int t = u * 3 + v, from = (line * pixels + column + 2 - v) * slab + quad * kImageQuad;
+          read_quad(w_rows + w_feed.at(line, column + 2 - v) + t * slab + quad * kImageQuad, w[t]);
+          transform_tap(weights, t, numbers, slab, normalisers.top + from, normalisers.scale + from, w[t]);
         }
       }
       scalar_t* to = grad_x + at_row * p.channels + at.channel + quad * kImageQuad;
@@ -258,7 +259,7 @@ aggregation_image_backward_kernel(const AggregationProblem p, const ImageTile ti
           COTNET_UNROLL
           for (int k = 0; k < kTogether; ++k) {
             acc values[kImageQuad];
-            read_quad(window[t / 3] + (2 - t % 3) * feed.rows.pitch + (j + k) * tile.slab, values);
+            read_quad(window[t / 3] + (2 - t % 3) * feed.rows.pitch + (j + k) * slab, values);
             COTNET_UNROLL
             for (int i = 0; i < kImageQuad; ++i) result[k][i] = fma(w[t][i], values[i], result[k][i]);
           }
@@ -274,27 +275,27 @@ aggregation_image_backward_kernel(const AggregationProblem p, const ImageTile ti
         window[u] = x_rows + feed.at(around(place, row + u, tile.ring), column) + quad * kImageQuad;
       const int line = around(place, row + 1, tile.ring);
       const scalar_t* const grads = g_rows + feed.at(line, column + 1) + quad * kImageQuad;
-      COTNET_UNROLL_BY(1)
+      COTNET_UNROLL_BY(kTogether)
       for (int j = 0; j < sharing; ++j) {
         acc g[kImageQuad];
-        read_quad(grads + j * tile.slab, g);
+        read_quad(grads + j * slab, g);
         COTNET_UNROLL
         for (int t = 0; t < 9; ++t) {
           acc values[kImageQuad];
-          read_quad(window[t / 3] + t % 3 * feed.rows.pitch + j * tile.slab, values);
+          read_quad(window[t / 3] + t % 3 * feed.rows.pitch + j * slab, values);
           COTNET_UNROLL
           for (int i = 0; i < kImageQuad; ++i) d[t][i] = fma(g[i], values[i], d[t][i]);
         }
       }
       const scalar_t* const own = w_rows + w_feed.at(line, column + 1) + quad * kImageQuad;
       if constexpr (kSums) {
-        total.add(own, numbers, tile.slab, d);
+        total.add(own, numbers, slab, d);
       } else {
-        finish_gradient(weights, own, numbers, tile.slab, d);
+        finish_gradient(weights, own, numbers, slab, d);
         scalar_t* const to = staged + (row * tile.columns + column) * w_feed.rows.pitch;
         if (p.tap_major) {
           COTNET_UNROLL
-          for (int t = 0; t < 9; ++t) write_quad(to + t * tile.slab + quad * kImageQuad, d[t]);
+          for (int t = 0; t < 9; ++t) write_quad(to + t * slab + quad * kImageQuad, d[t]);
         } else {
           COTNET_UNROLL
           for (int k = 0; k < 9; ++k) {
@@ -318,7 +319,7 @@ aggregation_image_backward_kernel(const AggregationProblem p, const ImageTile ti
   }
   if constexpr (kSums) {
     sync_block();  // the sums take the place of the rows
-    total.reduce(p, at, tile.slab, table + kImageTable * tile.slab, sums);
+    total.reduce(p, at, slab, table + kImageTable * slab, sums);
   }
 }
 
@@ -336,8 +337,12 @@ bool try_image_backward(const AggregationProblem& p, const Weights& weights, con
   const bool aligned = fits(grad_y) && fits(x) && fits(raw) && fits(grad_x) && fits(grad_w);
   const ImageTile tile = choose_aggregation_image(p, sizeof(scalar_t), aligned && needs.backward(), needs, numbers);
   if (!tile.possible()) return false;
-  launch_kernel(aggregation_image_backward_kernel<scalar_t, Weights, kSums>, tile.launch, stream, p, tile, weights, means,
-                sums, grad_y, x, raw, grad_x, grad_w);
+  const auto launch = [&](auto* kernel) {
+    launch_kernel(kernel, tile.launch, stream, p, tile, weights, means, sums, grad_y, x, raw, grad_x, grad_w);
+  };
+  if constexpr (sizeof(scalar_t) == 4) launch(&aggregation_image_backward_kernel<scalar_t, Weights, kSums, 0>);
+  else if (tile.slab == 16) launch(&aggregation_image_backward_kernel<scalar_t, Weights, kSums, 32>);
+  else launch(&aggregation_image_backward_kernel<scalar_t, Weights, kSums, 16>);
   return true;
 }
 
