@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
+from ._pointwise import pointwise, pointwise_sums
 from .functional import (
     context_fusion,
     group_norm_aggregation,
@@ -102,7 +103,7 @@ def _fold(norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor | None) -> tuple[Te
 
 
 def _run(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, with 1x1 convolutions as `_pointwise` and BatchNorms folded where allowed."""
+    """`module(x)`, with 1x1 convolutions as `pointwise` and BatchNorms folded where allowed."""
     if _is_plain_pointwise(module):
         return _convolve(module, None, x)
     if not _is_plain(module, nn.Sequential):
@@ -129,61 +130,26 @@ def _convolve(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, x: Tensor) -> Tensor
     if norm is not None:
         weight, bias = _fold(norm, weight, bias)
     if _is_plain_pointwise(conv):
-        return _pointwise([x], [weight.flatten(1)], bias, conv.groups)
+        return pointwise([x], [weight.flatten(1)], bias, conv.groups)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def _pointwise(
-    maps: list[Tensor], weights: list[Tensor], bias: Tensor | None = None, groups: int = 1
-) -> Tensor:
-    """The sum of 1x1 convolutions, of each map `[N, C, H, W]` with its weight `[O, C // groups]`.
-
-    Returns `[N, O, H, W]` in the memory format of the first map. On the CPU a matrix product reads
-    the maps as they lie, where a convolution copies them to blocks first.
-    """
-    _, c, h, w = maps[0].shape
-    if maps[0].device.type == "cpu" and not torch.compiler.is_compiling():
-        if maps[0].stride(1) == 1 and groups == 1:
-            return _product_of_pixels(maps, weights, bias)
-        # The gradient of the weight is first written once per image, [N, O, C]: not for small maps.
-        if maps[0].stride(1) != 1 and 4 * h * w > c:
-            return _product_per_image(maps, weights, bias, groups)
-    total = F.conv2d(maps[0], weights[0][..., None, None], bias, groups=groups)
-    for x, weight in zip(maps[1:], weights[1:], strict=True):
-        total = total + F.conv2d(x, weight[..., None, None], groups=groups)
-    return total
+def _fold_if_allowed(
+    conv: nn.Conv2d, norm: nn.Module
+) -> tuple[Tensor, Tensor | None, nn.Module | None]:
+    """Weight `[O, C // groups]` and bias of a plain 1x1 convolution, and what is left of `norm`."""
+    weight = conv.weight.flatten(1)
+    if _is_foldable(norm, weight):
+        return *_fold(norm, weight, conv.bias), None
+    return weight, conv.bias, norm
 
 
-def _product_of_pixels(maps: list[Tensor], weights: list[Tensor], bias: Tensor | None) -> Tensor:
-    """`_pointwise` of channels_last maps as `[N*H*W, C] @ [C, O]`."""
-    n, c, h, w = maps[0].shape
-    total = bias
-    for x, weight in zip(maps, weights, strict=True):
-        pixels = x.permute(0, 2, 3, 1).reshape(n * h * w, c)
-        columns = weight.t()
-        total = pixels.mm(columns) if total is None else torch.addmm(total, pixels, columns)
-    return total.view(n, h, w, weights[0].shape[0]).permute(0, 3, 1, 2)
-
-
-def _product_per_image(
-    maps: list[Tensor], weights: list[Tensor], bias: Tensor | None, groups: int
-) -> Tensor:
-    """`_pointwise` of NCHW maps as `[N*groups, O, C] @ [N*groups, C, H*W]`."""
-    n, c, h, w = maps[0].shape
-    # The bias comes first where its gradient is recorded: the sum is then one operation with the
-    # product. Without a gradient the result takes it in place, which needs no copies of the bias.
-    recorded = torch.is_grad_enabled()
-    total = bias.view(groups, -1, 1).repeat(n, 1, 1) if recorded and bias is not None else None
-    for x, weight in zip(maps, weights, strict=True):
-        pixels = x.reshape(n * groups, c // groups, h * w)
-        weight = weight.unflatten(0, (groups, -1)).expand(n, -1, -1, -1).flatten(0, 1)
-        total = weight.bmm(pixels) if total is None else torch.baddbmm(total, weight, pixels)
-    total = total.view(n, weights[0].shape[0], h, w)
-    if recorded or bias is None:
-        return total
-    # Under vmap the bias may be a batch where the product is none, and then does not fit into it.
-    add = torch.Tensor.add if torch._C._are_functorch_transforms_active() else torch.Tensor.add_
-    return add(total, bias.view(-1, 1, 1))
+def _finish(x: Tensor, norm: nn.Module | None, act: nn.Module | None = None) -> Tensor:
+    """`act(norm(x))` for an `x` that nobody else sees; `norm` is None where it was folded."""
+    if norm is None and act is not None and _is_plain(act, nn.ReLU):
+        return x.relu_()
+    x = x if norm is None else norm(x)
+    return x if act is None else act(x)
 
 
 def _join(
@@ -194,11 +160,8 @@ def _join(
     split: Callable[[Tensor], list[Tensor]],
 ) -> Tensor:
     """`act(norm(conv(all maps side by side)))`; `split` gives each map its columns of a weight."""
-    weight = conv.weight.flatten(1)
-    if _is_foldable(norm, weight) and _is_plain(act, nn.ReLU):
-        weight, bias = _fold(norm, weight, conv.bias)
-        return _pointwise(maps, split(weight), bias, conv.groups).relu_()
-    return act(norm(_pointwise(maps, split(weight), conv.bias, conv.groups)))
+    weight, bias, norm = _fold_if_allowed(conv, norm)
+    return _finish(pointwise(maps, split(weight), bias, conv.groups), norm, act)
 
 
 def _check_sizes(dim: int, kernel_size: int, multiple: int) -> None:
@@ -312,34 +275,56 @@ class CoTAttention(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         _check_map(input, self.dim)
         static = _run(self.key_embed, input)
-        logits = self._logits(static, input)
-        # Last, so that the backward is done with it before it starts on the longer branch.
-        value = _run(self.value_embed, input)
+        embed = self.attention_embed
+        if not _is_plain_sequence(embed, 4):
+            logits = self._average(embed(torch.cat((static, input), dim=1)))
+            value = _run(self.value_embed, input)
+        elif self._is_joint():
+            logits, value = self._logits_and_value(static, input)
+        else:
+            join, norm, act, _ = embed
+            logits = self._logits(act(norm(join(torch.cat((static, input), dim=1)))))
+            value = _run(self.value_embed, input)
         return spatial_softmax_gate(logits, value, static)
 
-    def _logits(self, static: Tensor, input: Tensor) -> Tensor:
-        """`attention_embed` of both maps, averaged over its k*k outputs per channel."""
-        embed = self.attention_embed
-        taps = self.kernel_size * self.kernel_size
-        if not _is_plain_sequence(embed, 4):
-            logits = embed(torch.cat((static, input), dim=1))
-            return logits.unflatten(1, (self.dim, taps)).mean(2)
-        join, norm, act, last = embed
-        if _is_plain_pointwise(join, groups=1):
-            hidden = _join([static, input], join, norm, act, self._split)
-        else:
-            hidden = act(norm(join(torch.cat((static, input), dim=1))))
+    def _is_joint(self) -> bool:
+        """Whether the first convolutions of both embeddings may be computed together."""
+        values = self.value_embed
+        return (
+            _is_plain_pointwise(self.attention_embed[0], groups=1)
+            and _is_plain_sequence(values, 2)
+            and _is_plain_pointwise(values[0], groups=1)
+        )
+
+    def _logits_and_value(self, static: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
+        """`attention_embed`, averaged, and `value_embed`."""
+        join, norm, act, _ = self.attention_embed
+        conv, value_norm = self.value_embed
+        columns, bias, norm = _fold_if_allowed(join, norm)
+        value_columns, value_bias, value_norm = _fold_if_allowed(conv, value_norm)
+        hidden, value = pointwise_sums(
+            [static, input],
+            [[columns[:, : self.dim], columns[:, self.dim :]], [None, value_columns]],
+            [bias, value_bias],
+        )
+        logits = self._logits(_finish(hidden, norm, act))
+        # Last, so that the backward is done with it before it starts on the longer branch.
+        return logits, _finish(value, value_norm)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """The last convolution of `attention_embed`, averaged over its k*k outputs per channel."""
+        last = self.attention_embed[3]
         if not _is_plain_pointwise(last, groups=1):
-            return last(hidden).unflatten(1, (self.dim, taps)).mean(2)
+            return self._average(last(hidden))
         # Output channel c*k*k + t is tap t of channel c. The bias cancels in the softmax over the
         # map, but stays, so that its gradient is zero and not absent.
+        taps = self.kernel_size * self.kernel_size
         weight = last.weight.view(self.dim, taps, -1).mean(1)
         bias = None if last.bias is None else last.bias.view(self.dim, taps).mean(1)
-        return _pointwise([hidden], [weight], bias)
+        return pointwise([hidden], [weight], bias)
 
-    def _split(self, weight: Tensor) -> list[Tensor]:
-        """The columns of the weight of `attention_embed[0]` for static, and those for the input."""
-        return [weight[:, : self.dim], weight[:, self.dim :]]
+    def _average(self, logits: Tensor) -> Tensor:
+        return logits.unflatten(1, (self.dim, self.kernel_size * self.kernel_size)).mean(2)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, kernel_size={self.kernel_size}"

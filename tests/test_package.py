@@ -29,7 +29,7 @@ LAYERS = (
     {"convert", "demo", "inference"},
     {"compat", "models"},
     {"modules"},
-    {"functional"},
+    {"functional", "_pointwise"},
     {"_autograd"},
     {"_ops"},
     {"_checks"},
