@@ -7,7 +7,6 @@ import dataclasses
 import importlib
 import json
 import pkgutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,15 +27,15 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen = _parser().parse_args(arguments)
     benchmarks = chosen.only or names()
-    if len(benchmarks) > 1 and not chosen.quick:
-        return max(_run_alone(name, arguments) for name in benchmarks)
-    torch.set_num_threads(chosen.threads)
-    common = {**environment.describe(chosen.device, arguments), "cold": not chosen.warm}
+    options = _options(chosen)
+    torch.set_num_threads(1 if options.own_process else options.threads)
+    common = environment.describe(options.device, options.threads, arguments)
+    common["cold"] = not options.warm
     path = chosen.out or _default_path(common["device"], chosen.quick)
     path.parent.mkdir(parents=True, exist_ok=True)
     failures = 0
     with path.open("a") as file:
-        for row in _rows(benchmarks, _options(chosen)):
+        for row in _rows(benchmarks, options):
             file.write(json.dumps({**common, **row}) + "\n")
             file.flush()
             print(_line(row), flush=True)
@@ -45,13 +44,6 @@ def main(arguments: list[str] | None = None) -> int:
     if failures:
         print(f"{failures} of the above failed and were not timed", file=sys.stderr)
     return int(failures > 0)
-
-
-def _run_alone(name: str, arguments: list[str]) -> int:
-    """One benchmark in a process of its own: what memory costs, and so the time of whoever makes
-    large temporaries, depends on what a process has allocated and freed before."""
-    command = [sys.executable, "-m", __package__, *arguments, "--only", name]
-    return subprocess.run(command, check=False).returncode
 
 
 def names() -> list[str]:
@@ -81,6 +73,8 @@ def _options(chosen: argparse.Namespace) -> Options:
     return dataclasses.replace(
         options,
         device=chosen.device,
+        threads=chosen.threads,
+        own_process=torch.device(chosen.device).type == "cpu" and not chosen.quick,
         gpu=torch.device(chosen.device).type == "cuda",
         official=chosen.official,
         only_dtypes=tuple(chosen.dtypes or ()),

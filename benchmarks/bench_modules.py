@@ -36,8 +36,9 @@ def rows(options: Options) -> Iterator[dict]:
     for case in CASES:
         for direction, shapes in (("eval", case.eval_shapes), ("train step", case.train_shapes)):
             for shape in options.shapes(shapes):
+                contenders = _contenders(case, shape, options)
                 comparison = Comparison(
-                    case.name, direction, shape, _contenders(case, shape, options)
+                    case.name, direction, shape, contenders, keep_results=False
                 )
                 yield from measure(comparison, options)
 

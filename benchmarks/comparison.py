@@ -35,6 +35,8 @@ class Options:
     """How to measure; one value for a whole run."""
 
     device: str = "cpu"
+    threads: int = 2  # of PyTorch
+    own_process: bool = False  # for each comparison
     gpu: bool = False  # what is compared: more dtypes and peers, larger batches, backward alone
     only_dtypes: tuple[str, ...] = ()  # on a GPU; empty: all
     official: Path | None = None  # a checkout of the official repository, for its CuPy kernels
@@ -90,6 +92,7 @@ class Comparison:
     contenders: list[Contender]
     dtype: torch.dtype = torch.float32
     repeat: int = 1  # calls in one sample, for what is too short to time alone
+    keep_results: bool = True  # as long as inputs, or only until the next call
     host: bool = False  # the time until the call returns, whatever the device has yet to do
 
     @property

@@ -30,7 +30,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def describe(device: str, arguments: list[str]) -> dict:
+def describe(device: str, threads: int, arguments: list[str]) -> dict:
     """The fields shared by all rows of one run."""
     build = cotnet_ext.build_info()
     return {
@@ -40,7 +40,7 @@ def describe(device: str, arguments: list[str]) -> dict:
         "commit": _commit(),
         "device": device_name(device),
         "gpu": torch.device(device).type == "cuda",
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "versions": {
             "cotnet_ext": cotnet_ext.__version__,
             "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Timing: contenders take turns on cold inputs, after each of them has been checked.
+"""Timing: contenders take turns on cold inputs, then the result of each is checked.
 
 Speeds drift on a shared machine, but neighbours in a round drift together. So everybody has one
 turn per round, A B C A B C ..., and ratios are medians of per-round ratios, not ratios of medians.
@@ -14,7 +14,7 @@ import statistics
 import textwrap
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -35,22 +35,41 @@ from .comparison import (
     inputs_for,
     prepare,
 )
+from .isolation import in_own_process
 
 
 def measure(comparison: Comparison, options: Options) -> list[dict]:
     """One row per contender. A contender that fails or is wrong gets an `error` and no times."""
+    if options.own_process:
+        return in_own_process(lambda: _measure(comparison, options), options.threads)
+    return _measure(comparison, options)
+
+
+def _measure(comparison: Comparison, options: Options) -> list[dict]:
     torch.compiler.reset()  # every comparison compiles for its own shape
     entries = _enter(comparison, options)
-    truths: Truths = {}
     with torch.set_grad_enabled(PASSES[comparison.direction].records):
         for entry in entries:
-            try:
-                _examine(entry, truths, options)
-            except Exception as error:  # one broken contender must not hide the others
-                entry.error = textwrap.shorten(f"{type(error).__name__}: {error}", 160)
+            _note_failure(entry, lambda entry=entry: entry.next_call()())
         clock = clocks.clock(options.device, cold=not options.warm, host=comparison.host)
-        _time_rounds([e for e in entries if e.error is None], comparison.repeat, clock, options)
+        _time_rounds([e for e in entries if e.error is None], comparison, clock, options)
+        # Afterwards, since results in float64 are larger than whatever a user of the op allocates.
+        truths: Truths = {}
+        for entry in entries:
+            _note_failure(entry, lambda entry=entry: _examine(entry, truths, options))
     return [_row(entry, entries, comparison) for entry in entries]
+
+
+def _note_failure(entry: _Entry, action: Callable[[], object]) -> None:
+    """One broken contender must not hide the others."""
+    if entry.error is not None:
+        return
+    try:
+        action()
+    except Exception as error:
+        entry.error = textwrap.shorten(f"{type(error).__name__}: {error}", 160)
+    if entry.error is not None:
+        entry.ms = []
 
 
 class Pool:
@@ -105,7 +124,7 @@ def _enter(comparison: Comparison, options: Options) -> list[_Entry]:
     return entries
 
 
-# ---- before timing: result and memory ----------------------------------------------------------
+# ---- result and memory -------------------------------------------------------------------------
 
 
 # By reference and inputs: its results in float64, and in the dtype of the inputs.
@@ -145,19 +164,23 @@ def _in_dtype(function: Function, dtype: torch.dtype) -> Function:
 # ---- rounds -------------------------------------------------------------------------------------
 
 
-def _time_rounds(entries: list[_Entry], repeat: int, clock: clocks.Clock, options: Options) -> None:
+def _time_rounds(
+    entries: list[_Entry], comparison: Comparison, clock: clocks.Clock, options: Options
+) -> None:
     """Everybody once per round, until the time is spent; fills in `ms`."""
     if not entries:
         return
-    # Results live as long as inputs do, so that the allocator hands out memory that is as cold.
-    results: deque[Tensors] = deque(maxlen=max(len(e.pool.sets) for e in entries))
+    # The result of an operator lives as long as inputs do, so that the allocator hands out memory
+    # that is as cold. A module fills its memory with temporaries anyway; its result is consumed.
+    kept = max(len(e.pool.sets) for e in entries) if comparison.keep_results else 1
+    results: deque[Tensors] = deque(maxlen=kept)
 
     def turn(entry: _Entry) -> float:
         """Median time of the calls of one turn."""
         calls = [entry.next_call() for _ in range(1 + options.turn_calls)]
         times = []
         for call in calls:
-            ms, result = clock(call, repeat)
+            ms, result = clock(call, comparison.repeat)
             times.append(ms)
             results.append(result)
         return statistics.median(times[1:])

@@ -97,8 +97,9 @@ def _fold(norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor | None) -> tuple[Te
     factor = (norm.running_var + norm.eps).rsqrt()
     if norm.weight is not None:
         factor = factor * norm.weight
-    shift = -norm.running_mean if bias is None else bias - norm.running_mean
-    shift = shift * factor if norm.bias is None else torch.addcmul(norm.bias, shift, factor)
+    mean = norm.running_mean if bias is None else norm.running_mean - bias
+    start = torch.zeros_like(mean) if norm.bias is None else norm.bias
+    shift = torch.addcmul(start, mean, factor, value=-1)
     return weight * factor.view(-1, *(1,) * (weight.dim() - 1)), shift
 
 
@@ -316,12 +317,13 @@ class CoTAttention(nn.Module):
         last = self.attention_embed[3]
         if not _is_plain_pointwise(last, groups=1):
             return self._average(last(hidden))
-        # Output channel c*k*k + t is tap t of channel c. The bias cancels in the softmax over the
-        # map, but stays, so that its gradient is zero and not absent.
+        # Output channel c*k*k + t is tap t of channel c.
         taps = self.kernel_size * self.kernel_size
         weight = last.weight.view(self.dim, taps, -1).mean(1)
-        bias = None if last.bias is None else last.bias.view(self.dim, taps).mean(1)
-        return pointwise([hidden], [weight], bias)
+        # The bias cancels in the softmax over the map. Where gradients are recorded it stays, so
+        # that its gradient is zero and not absent.
+        bias = last.bias if torch.is_grad_enabled() else None
+        return pointwise([hidden], [weight], None if bias is None else bias.view(-1, taps).mean(1))
 
     def _average(self, logits: Tensor) -> Tensor:
         return logits.unflatten(1, (self.dim, self.kernel_size * self.kernel_size)).mean(2)
