@@ -402,24 +402,22 @@ class NchwTiles {
                          int64_t out_stride, const Ahead<scalar_t>& ahead) {
     const int64_t position = begin * p_.cols.in, plane = p_.out_plane();
     auto planes = spreading_.planes(grad_y + plane_of(n, 0, m) * plane, p_.weight_channels * plane, plane, position);
-    const auto source = view(n, 0, m);
-    const acc* start = nullptr;
-    int64_t tap_stride = plane;
-    if constexpr (Field::View::kPlain) {
-      start = source.w;
-    } else {
-      arena_.reset(mark_);
-      const auto [transformed, first, size] = transform_weights(source, begin, end - begin);
-      start = transformed - first * p_.cols.out;
-      tap_stride = size;
-    }
-    const auto weights = spreading_.weights(start, tap_stride, planes);
-    const auto sum = [&](auto kTaps) {
+    const auto sum = [&](auto kTaps, const auto& weights) {
       weighted_sum<decltype(kTaps)::value>(weights, 0, (end - begin) * p_.cols.in, p_.taps(), planes, p_.sharing(), weights_,
                                            out, out_stride, ahead);
     };
-    if (p_.taps() == 9) sum(std::integral_constant<int, 9>());
-    else sum(std::integral_constant<int, 0>());
+    const auto sum_with = [&](const auto& weights) {
+      if (p_.taps() == 9) sum(std::integral_constant<int, 9>(), weights);
+      else sum(std::integral_constant<int, 0>(), weights);
+    };
+    const auto source = view(n, 0, m);
+    if constexpr (Field::View::kPlain) {
+      sum_with(spreading_.weights(source.w, plane, planes));
+    } else {
+      arena_.reset(mark_);
+      const auto [transformed, first, size] = transform_weights(source, begin, end - begin);
+      sum_with(spreading_.weights(transformed - first * p_.cols.out, size, planes));
+    }
   }
 
   int64_t spread_first(int64_t v) const { return spread_.cols.padding - v * spread_.cols.dilation; }

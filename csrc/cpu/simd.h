@@ -49,12 +49,28 @@ COTNET_INLINE void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof(v
 typedef uint16_t Bits16 __attribute__((vector_size(COTNET_VECTOR_BYTES / 2)));
 typedef uint32_t Bits32 __attribute__((vector_size(COTNET_VECTOR_BYTES)));
 
+// A bfloat16 is the upper half of a float. Stores round to nearest even; a NaN stays a quiet NaN. The compiler makes twice as
+// many instructions of the portable conversions, hence the ones for AVX-512.
+#if COTNET_X86 && COTNET_VECTOR_BYTES == 64
+COTNET_INLINE Vec<float> widen_bits(__m256i bits) { return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16); }
+COTNET_INLINE Vec<float> load(const BFloat16* p) {
+  return widen_bits(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+COTNET_INLINE void store(BFloat16* p, Vec<float> v) {
+  const __m512i bits = (__m512i)v;
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const __m512i result = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
+}
+#else
 COTNET_INLINE Vec<float> load(const BFloat16* p) {
   Bits16 bits;
   std::memcpy(&bits, p, sizeof(bits));
   return (Vec<float>)(__builtin_convertvector(bits, Bits32) << 16);
 }
-COTNET_INLINE void store(BFloat16* p, Vec<float> v) {  // round to nearest even; a NaN stays a quiet NaN
+COTNET_INLINE void store(BFloat16* p, Vec<float> v) {
   const Bits32 bits = (Bits32)v;
   const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Bits32 quiet = (bits >> 16) | 0x40;
@@ -62,6 +78,7 @@ COTNET_INLINE void store(BFloat16* p, Vec<float> v) {  // round to nearest even;
   const Bits16 narrow = __builtin_convertvector(((Bits32)is_nan & quiet) | (~(Bits32)is_nan & rounded), Bits16);
   std::memcpy(p, &narrow, sizeof(narrow));
 }
+#endif
 
 COTNET_INLINE Vec<float> load(const Half* p) {
 #if COTNET_F16C && COTNET_VECTOR_BYTES == 64
