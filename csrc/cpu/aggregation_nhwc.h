@@ -377,6 +377,7 @@ class NhwcTiles {
     if (!p_.reflect) close_inputs(inputs.clamp(p_.rows.source(i, 0)), grad_x);
     const int64_t end = p_.reflect ? inputs.end : inputs.clamp(p_.rows.source(i, p_.rows.kernel - 1) + 1);
     while (opened_ < end) open_row(opened_);
+    next_sum_ = grad_x + input_row(std::min(closed_, inputs.end - 1));
     int64_t count = 0;
     for (int64_t u = 0; u < p_.rows.kernel; ++u) {
       const int64_t source = p_.rows.source(i, u), z = p_.reflect ? reflected(source, p_.rows.in) : source;
@@ -393,6 +394,7 @@ class NhwcTiles {
     for (int64_t k = 0; k < s.count; ++k) {
       const scalar_t* const g = grad_y + channels_at(i, q + k, s.head);
       prefetch_run<kRead>(ahead(g, p_.channels), p_.channels);
+      if (s.head == 0) prefetch_run<kWrite>(next_sum_ + (q + k) * p_.cols.stride * p_.channels, p_.cols.stride * p_.channels);
       scatter_pixel<kTogether>(l_, targets, g, s.weights + staged_at(k), scatter_rows_,
                                sums_ + (q + k) * p_.cols.stride * l_.pitch, scatter_to_);
     }
@@ -425,6 +427,7 @@ class NhwcTiles {
   acc *ring_, *line_, *raw_, *weights_, *grads_, *tables_;
   const scalar_t* x_ = nullptr;
   const scalar_t* next_ = nullptr;
+  const scalar_t* next_sum_ = nullptr;  // the row of the gradient of the input that is written next
   int64_t n_ = -1;
   int64_t closed_ = 0, opened_ = 0;
 };
