@@ -256,12 +256,10 @@ class NhwcTiles {
       staged_[slot] = z;
       for (int64_t v = 0; v < p_.cols.kernel; ++v, ++t) taps_[t] = slot * ring_row() + v * p_.cols.dilation * l_.pitch;
     }
-    next_ = x_ + input_row(std::clamp<int64_t>(p_.rows.source(i + 1, p_.rows.kernel - 1), 0, p_.rows.in - 1));
+    // Behind the last row follow those of the next image.
+    next_ = x_ + input_row(std::max<int64_t>(p_.rows.source(i + 1, p_.rows.kernel - 1), 0));
   }
-  void prefetch_input(int64_t q) const {
-    const int64_t count = p_.cols.stride * p_.channels;
-    prefetch_run<kRead>(next_ + q * count, count);
-  }
+  const scalar_t* next_input(int64_t q) const { return next_ + q * p_.cols.stride * p_.channels; }
   const acc* window(int64_t q) const { return ring_ + q * p_.cols.stride * l_.pitch; }
 
   void stage_row_at(int64_t z, acc* to) const {
@@ -308,9 +306,8 @@ class NhwcTiles {
   void sum_strip(const Strip<acc>& s, int64_t i, int64_t q, scalar_t* y) const {
     for (int64_t k = 0; k < s.count; ++k) {
       scalar_t* const to = y + channels_at(i, q + k, s.head);
-      prefetch_run<kWrite>(ahead(to, p_.channels), p_.channels);
-      if (s.head == 0) prefetch_input(q + k);
-      sum_pixel<kTogether>(l_, s.taps, s.weights + staged_at(k), window(q + k), taps_, to);
+      const Later<scalar_t> later{next_input(q + k), ahead(to, p_.channels)};
+      sum_pixel<kTogether>(l_, s.taps, s.weights + staged_at(k), window(q + k), taps_, to, later);
     }
   }
 
@@ -318,10 +315,9 @@ class NhwcTiles {
   template <int kTogether>
   void multiply_strip(const Strip<acc>& s, int64_t i, int64_t q, const scalar_t* grad_y) {
     if (s.count % kTogether != 0) std::fill(s.grads + (s.groups - 1) * rows_, s.grads + s.groups * rows_, acc(0));
-    for (int64_t k = 0; k < s.count; ++k) {
-      if (s.head == 0) prefetch_input(q + k);
-      multiply_pixel<kTogether>(l_, s.taps, grad_y + channels_at(i, q + k, s.head), window(q + k), taps_, s.grads + staged_at(k));
-    }
+    for (int64_t k = 0; k < s.count; ++k)
+      multiply_pixel<kTogether>(l_, s.taps, grad_y + channels_at(i, q + k, s.head), window(q + k), taps_, s.grads + staged_at(k),
+                                next_input(q + k));
     add_repeats(l_, s.groups * s.taps, s.grads);
   }
   template <class grad_t>
@@ -393,10 +389,9 @@ class NhwcTiles {
   void scatter_strip(const Strip<acc>& s, int64_t i, int64_t q, int64_t targets, const scalar_t* grad_y) {
     for (int64_t k = 0; k < s.count; ++k) {
       const scalar_t* const g = grad_y + channels_at(i, q + k, s.head);
-      prefetch_run<kRead>(ahead(g, p_.channels), p_.channels);
-      if (s.head == 0) prefetch_run<kWrite>(next_sum_ + (q + k) * p_.cols.stride * p_.channels, p_.cols.stride * p_.channels);
+      const Later<scalar_t> later{ahead(g, p_.channels), next_sum_ + (q + k) * p_.cols.stride * p_.channels};
       scatter_pixel<kTogether>(l_, targets, g, s.weights + staged_at(k), scatter_rows_,
-                               sums_ + (q + k) * p_.cols.stride * l_.pitch, scatter_to_);
+                               sums_ + (q + k) * p_.cols.stride * l_.pitch, scatter_to_, later);
     }
   }
 

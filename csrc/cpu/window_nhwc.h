@@ -275,12 +275,27 @@ COTNET_INLINE void prefetch_run(const scalar_t* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(scalar_t))) __builtin_prefetch(from + i, access == kWrite, 3);
 }
 
+// What a pixel asks for while it is computed: the same channels of pixels that come later. One line for each vector of work,
+// because loads wait behind a burst.
+template <class scalar_t>
+struct Later {
+  const scalar_t* read;
+  const scalar_t* written;
+
+  COTNET_INLINE void fetch(int64_t c) const {
+    __builtin_prefetch(read + c, 0, 3);
+    __builtin_prefetch(written + c, 0, 3);
+  }
+};
+
 // ---- the three loops ---------------------------------------------------------------------------------------------
 // Vectors that start at the same m ("phase") are taken together, so that a vector of weights is loaded once for them.
 
 // y[c] = sum over taps of w[t] * x[t][c] for kVectors vectors of one phase; `left` channels remain.
 template <int kVectors, int kTaps, class scalar_t, class acc>
-COTNET_INLINE void sum_taps(const Vec<acc>* w, const acc* const* x, int64_t c, int64_t period, scalar_t* y, int64_t left) {
+COTNET_INLINE void sum_taps(const Vec<acc>* w, const acc* const* x, int64_t c, int64_t period, scalar_t* y, int64_t left,
+                            const Later<scalar_t>& later) {
+  for (int i = 0; i < kVectors; ++i) later.fetch(c + i * period);
   Vec<acc> sums[kVectors];
   for (int i = 0; i < kVectors; ++i) sums[i] = w[0] * load(x[0] + c + i * period);
   for (int t = 1; t < kTaps; ++t)
@@ -291,7 +306,8 @@ COTNET_INLINE void sum_taps(const Vec<acc>* w, const acc* const* x, int64_t c, i
 // The same for any number of taps: the vectors of channels stay in registers instead of the weights.
 template <int kVectors, int kTogether, class scalar_t, class acc>
 COTNET_INLINE void sum_vectors(int64_t row, int64_t taps, const acc* w, const acc* x, const int64_t* offsets, int64_t period,
-                               scalar_t* y, int64_t left) {
+                               scalar_t* y, int64_t left, const Later<scalar_t>& later, int64_t c) {
+  for (int i = 0; i < kVectors; ++i) later.fetch(c + i * period);
   Vec<acc> sums[kVectors] = {};
   for (int64_t t = 0; t < taps; ++t) {
     const Vec<acc> wt = load_repeated<kTogether>(w + t * row);
@@ -302,7 +318,8 @@ COTNET_INLINE void sum_vectors(int64_t row, int64_t taps, const acc* w, const ac
 
 // One output pixel: y[c] = sum over taps of w[t][c % Cw] * x[offsets[t] + c].
 template <int kTogether, class scalar_t, class acc>
-COTNET_INLINE void sum_pixel(const ChannelLayout& l, int64_t taps, const acc* w, const acc* x, const int64_t* offsets, scalar_t* y) {
+COTNET_INLINE void sum_pixel(const ChannelLayout& l, int64_t taps, const acc* w, const acc* x, const int64_t* offsets, scalar_t* y,
+                             const Later<scalar_t>& later) {
   const int64_t period = l.period, channels = l.channels, row = l.row;
   for (int64_t phase = 0; phase < period; phase += kLanes<acc>) {
     const acc* const from = w + (phase < l.weights ? phase : phase % l.weights);
@@ -314,27 +331,28 @@ COTNET_INLINE void sum_pixel(const ChannelLayout& l, int64_t taps, const acc* w,
         weights[t] = load_repeated<kTogether>(from + t * row);
         places[t] = x + offsets[t];
       }
-      for (; c + period < channels; c += 2 * period) sum_taps<2, 9>(weights, places, c, period, y, channels - c);
-      if (c < channels) sum_taps<1, 9>(weights, places, c, period, y, channels - c);
+      for (; c + period < channels; c += 2 * period) sum_taps<2, 9>(weights, places, c, period, y, channels - c, later);
+      if (c < channels) sum_taps<1, 9>(weights, places, c, period, y, channels - c, later);
       continue;
     }
     for (; c + 7 * period < channels; c += 8 * period)
-      sum_vectors<8, kTogether>(row, taps, from, x + c, offsets, period, y + c, channels - c);
+      sum_vectors<8, kTogether>(row, taps, from, x + c, offsets, period, y + c, channels - c, later, c);
     for (; c + period < channels; c += 2 * period)
-      sum_vectors<2, kTogether>(row, taps, from, x + c, offsets, period, y + c, channels - c);
-    if (c < channels) sum_vectors<1, kTogether>(row, taps, from, x + c, offsets, period, y + c, channels - c);
+      sum_vectors<2, kTogether>(row, taps, from, x + c, offsets, period, y + c, channels - c, later, c);
+    if (c < channels) sum_vectors<1, kTogether>(row, taps, from, x + c, offsets, period, y + c, channels - c, later, c);
   }
 }
 
 // products[t] = sum over the vectors of one phase of g[c] * x[offsets[t] + c], for kTaps taps.
 template <int kTaps, int kTogether, class scalar_t, class acc>
 COTNET_INLINE void multiply_taps(const ChannelLayout& l, int64_t phase, const scalar_t* g, const acc* x, const int64_t* offsets,
-                                 acc* products) {
+                                 acc* products, const scalar_t* later) {
   const int64_t period = l.period, channels = l.channels, row = l.row;
   const acc* places[kTaps];
   for (int t = 0; t < kTaps; ++t) places[t] = x + offsets[t];
   Vec<acc> sums[kTaps] = {};
   for (int64_t c = phase; c < channels; c += period) {
+    if (later) __builtin_prefetch(later + c, 0, 3);
     const Vec<acc> gc = load_upto(g + c, channels - c);
     for (int t = 0; t < kTaps; ++t) sums[t] += gc * load(places[t] + c);
   }
@@ -344,12 +362,12 @@ COTNET_INLINE void multiply_taps(const ChannelLayout& l, int64_t phase, const sc
 // Gradient of the weights of one pixel, [t][m]; where pixels do not share rows, before add_repeats.
 template <int kTogether, class scalar_t, class acc>
 COTNET_INLINE void multiply_pixel(const ChannelLayout& l, int64_t taps, const scalar_t* g, const acc* x, const int64_t* offsets,
-                                  acc* products) {
+                                  acc* products, const scalar_t* later) {
   for (int64_t phase = 0; phase < l.period; phase += kLanes<acc>) {
     int64_t t = 0;
-    for (; t + 9 <= taps; t += 9) multiply_taps<9, kTogether>(l, phase, g, x, offsets + t, products + t * l.row);
-    for (; t + 3 <= taps; t += 3) multiply_taps<3, kTogether>(l, phase, g, x, offsets + t, products + t * l.row);
-    for (; t < taps; ++t) multiply_taps<1, kTogether>(l, phase, g, x, offsets + t, products + t * l.row);
+    for (; t + 9 <= taps; t += 9) multiply_taps<9, kTogether>(l, phase, g, x, offsets + t, products + t * l.row, t == 0 ? later : nullptr);
+    for (; t + 3 <= taps; t += 3) multiply_taps<3, kTogether>(l, phase, g, x, offsets + t, products + t * l.row, t == 0 ? later : nullptr);
+    for (; t < taps; ++t) multiply_taps<1, kTogether>(l, phase, g, x, offsets + t, products + t * l.row, t == 0 ? later : nullptr);
   }
 }
 
@@ -370,7 +388,7 @@ void add_repeats(const ChannelLayout& l, int64_t rows, acc* products) {
 // border is reflected, so each is read after the one before is written.
 template <int kTaps, int kTogether, class scalar_t, class acc>
 COTNET_INLINE void scatter_taps(const ChannelLayout& l, int64_t phase, const scalar_t* g, const acc* w, const int64_t* rows,
-                                acc* to, const int64_t* offsets) {
+                                acc* to, const int64_t* offsets, const Later<scalar_t>& later) {
   const int64_t period = l.period, channels = l.channels;
   Vec<acc> weights[kTaps];
   acc* places[kTaps];
@@ -379,6 +397,7 @@ COTNET_INLINE void scatter_taps(const ChannelLayout& l, int64_t phase, const sca
     places[t] = to + offsets[t];
   }
   for (int64_t c = phase; c < channels; c += period) {
+    later.fetch(c);
     const Vec<acc> gc = load_upto(g + c, channels - c);
     for (int t = 0; t < kTaps; ++t) store(places[t] + c, load(places[t] + c) + weights[t] * gc);
   }
@@ -387,12 +406,12 @@ COTNET_INLINE void scatter_taps(const ChannelLayout& l, int64_t phase, const sca
 // What one output pixel adds to the gradient of the input; rows[t] is where the weights of a tap are.
 template <int kTogether, class scalar_t, class acc>
 COTNET_INLINE void scatter_pixel(const ChannelLayout& l, int64_t taps, const scalar_t* g, const acc* w, const int64_t* rows,
-                                 acc* to, const int64_t* offsets) {
+                                 acc* to, const int64_t* offsets, const Later<scalar_t>& later) {
   for (int64_t phase = 0; phase < l.period; phase += kLanes<acc>) {
     const acc* const from = w + (phase < l.weights ? phase : phase % l.weights);
     int64_t t = 0;
-    for (; t + 9 <= taps; t += 9) scatter_taps<9, kTogether>(l, phase, g, from, rows + t, to, offsets + t);
-    for (; t + 3 <= taps; t += 3) scatter_taps<3, kTogether>(l, phase, g, from, rows + t, to, offsets + t);
-    for (; t < taps; ++t) scatter_taps<1, kTogether>(l, phase, g, from, rows + t, to, offsets + t);
+    for (; t + 9 <= taps; t += 9) scatter_taps<9, kTogether>(l, phase, g, from, rows + t, to, offsets + t, later);
+    for (; t + 3 <= taps; t += 3) scatter_taps<3, kTogether>(l, phase, g, from, rows + t, to, offsets + t, later);
+    for (; t < taps; ++t) scatter_taps<1, kTogether>(l, phase, g, from, rows + t, to, offsets + t, later);
   }
 }
