@@ -153,16 +153,36 @@ def _finish(x: Tensor, norm: nn.Module | None, act: nn.Module | None = None) -> 
     return x if act is None else act(x)
 
 
+def _is_joint(embed: nn.Module, length: int, values: nn.Module, groups: int) -> bool:
+    """Whether the first convolutions of both sequences may be computed together by `_join`."""
+    return (
+        _is_plain_sequence(embed, length)
+        and _is_plain_sequence(values, 2)
+        and _is_plain_pointwise(embed[0], groups)
+        and _is_plain_pointwise(values[0], groups)
+    )
+
+
 def _join(
-    maps: list[Tensor],
-    conv: nn.Conv2d,
-    norm: nn.Module,
-    act: nn.Module,
+    input: Tensor,
+    static: Tensor,
+    embed: nn.Sequential,
+    values: nn.Sequential,
     split: Callable[[Tensor], list[Tensor]],
-) -> Tensor:
-    """`act(norm(conv(all maps side by side)))`; `split` gives each map its columns of a weight."""
-    weight, bias, norm = _fold_if_allowed(conv, norm)
-    return _finish(pointwise(maps, split(weight), bias, conv.groups), norm, act)
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """The first three modules of `embed` on both maps, and what gives `values` of the input.
+
+    `split` gives the columns of a weight for the input, and those for static. The value is finished
+    later so that in the backward its normalisation is done before the longer branch starts.
+    """
+    join, norm, act, *_ = embed
+    conv, value_norm = values
+    weight, bias, norm = _fold_if_allowed(join, norm)
+    value_weight, value_bias, value_norm = _fold_if_allowed(conv, value_norm)
+    hidden, value = pointwise_sums(
+        [input, static], [split(weight), [value_weight, None]], [bias, value_bias], join.groups
+    )
+    return _finish(hidden, norm, act), lambda: _finish(value, value_norm)
 
 
 def _check_sizes(dim: int, kernel_size: int, multiple: int) -> None:
@@ -276,41 +296,20 @@ class CoTAttention(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         _check_map(input, self.dim)
         static = _run(self.key_embed, input)
-        embed = self.attention_embed
-        if not _is_plain_sequence(embed, 4):
-            logits = self._average(embed(torch.cat((static, input), dim=1)))
-            value = _run(self.value_embed, input)
-        elif self._is_joint():
-            logits, value = self._logits_and_value(static, input)
-        else:
+        embed, values = self.attention_embed, self.value_embed
+        if _is_joint(embed, 4, values, groups=1):
+            hidden, value = _join(input, static, embed, values, self._split)
+            return spatial_softmax_gate(self._logits(hidden), value(), static)
+        if _is_plain_sequence(embed, 4):
             join, norm, act, _ = embed
             logits = self._logits(act(norm(join(torch.cat((static, input), dim=1)))))
-            value = _run(self.value_embed, input)
-        return spatial_softmax_gate(logits, value, static)
+        else:
+            logits = self._average(embed(torch.cat((static, input), dim=1)))
+        return spatial_softmax_gate(logits, _run(values, input), static)
 
-    def _is_joint(self) -> bool:
-        """Whether the first convolutions of both embeddings may be computed together."""
-        values = self.value_embed
-        return (
-            _is_plain_pointwise(self.attention_embed[0], groups=1)
-            and _is_plain_sequence(values, 2)
-            and _is_plain_pointwise(values[0], groups=1)
-        )
-
-    def _logits_and_value(self, static: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
-        """`attention_embed`, averaged, and `value_embed`."""
-        join, norm, act, _ = self.attention_embed
-        conv, value_norm = self.value_embed
-        columns, bias, norm = _fold_if_allowed(join, norm)
-        value_columns, value_bias, value_norm = _fold_if_allowed(conv, value_norm)
-        hidden, value = pointwise_sums(
-            [static, input],
-            [[columns[:, : self.dim], columns[:, self.dim :]], [None, value_columns]],
-            [bias, value_bias],
-        )
-        logits = self._logits(_finish(hidden, norm, act))
-        # Last, so that the backward is done with it before it starts on the longer branch.
-        return logits, _finish(value, value_norm)
+    def _split(self, weight: Tensor) -> list[Tensor]:
+        """The columns of the weight of `attention_embed[0]` for the input, and those for static."""
+        return [weight[:, self.dim :], weight[:, : self.dim]]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """The last convolution of `attention_embed`, averaged over its k*k outputs per channel."""
@@ -382,25 +381,28 @@ class _ContextualLayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         _check_map(input, self.dim)
         static = _run(self.key_embed, input)
-        value = _run(self.conv1x1, input)
-        dynamic = self.act(self.bn(self._aggregate(value, input, static)))
+        dynamic = self.act(self.bn(self._aggregate(input, static)))
         # The mean of the sum, without the sum.
         pooled = dynamic.mean((2, 3), keepdim=True) + static.mean((2, 3), keepdim=True)
         logits = _run(self.se, pooled).reshape(input.shape[0], self.dim, self.radix)
         return context_fusion(dynamic, static, logits)
 
-    def _aggregate(self, value: Tensor, input: Tensor, static: Tensor) -> Tensor:
-        """Sum `value` over windows with the weights that `embed` makes of both maps."""
-        embed, local = self.embed, self.local_conv
+    def _aggregate(self, input: Tensor, static: Tensor) -> Tensor:
+        """Sum the value over windows with the weights that `embed` makes of both maps."""
+        embed, values = self.embed, self.conv1x1
         if not _is_plain_sequence(embed, 5):
-            return self._apply_local(value, embed(self._concatenate(input, static)))
+            return self._apply_local(_run(values, input), embed(self._concatenate(input, static)))
         join, norm, act, expand, group_norm = embed
-        if _is_plain_pointwise(join, self._groups):
-            hidden = _join([input, static], join, norm, act, self._split)
+        if _is_joint(embed, 5, values, self._groups):
+            hidden, finish_value = _join(input, static, embed, values, self._split)
+            weight = _run(expand, hidden)
+            value = finish_value()
         else:
-            hidden = act(norm(join(self._concatenate(input, static))))
-        weight = _run(expand, hidden)
-        if not _is_plain(local, LocalConvolution) or not self._is_fusable(group_norm, weight):
+            weight = _run(expand, act(norm(join(self._concatenate(input, static)))))
+            value = _run(values, input)
+        if not _is_plain(self.local_conv, LocalConvolution) or not self._is_fusable(
+            group_norm, weight
+        ):
             return self._apply_local(value, group_norm(weight))
         return self._apply_fused(value, weight, group_norm)
 

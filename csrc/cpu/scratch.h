@@ -9,7 +9,7 @@
 
 namespace cotnet {
 
-constexpr size_t kScratchBytes = size_t(2) << 20;  // kept per thread; larger requests are allocated and freed
+constexpr size_t kScratchBytes = size_t(4) << 20;  // kept per thread once touched; larger requests are allocated and freed
 
 // A piece of the thread's scratch, 64-byte aligned, given back in reverse order of taking by scoping.
 class Scratch {
