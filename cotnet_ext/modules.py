@@ -382,8 +382,7 @@ class _ContextualLayer(nn.Module):
         _check_map(input, self.dim)
         static = _run(self.key_embed, input)
         dynamic = self.act(self.bn(self._aggregate(input, static)))
-        # The mean of the sum, without the sum.
-        pooled = dynamic.mean((2, 3), keepdim=True) + static.mean((2, 3), keepdim=True)
+        pooled = _mean_of_sum(dynamic, static)
         logits = _run(self.se, pooled).reshape(input.shape[0], self.dim, self.radix)
         return context_fusion(dynamic, static, logits)
 
@@ -512,6 +511,17 @@ class CoXtLayer(_ContextualLayer):
 
     def _apply_fused(self, value: Tensor, weight: Tensor, norm: nn.GroupNorm) -> Tensor:
         return _swap_blocks(super()._apply_fused(_swap_blocks(value, 2, 8), weight, norm), 8, 2)
+
+
+def _mean_of_sum(dynamic: Tensor, static: Tensor) -> Tensor:
+    """The mean over the map of `dynamic + static`, `[N, C, 1, 1]`, without their sum."""
+    wide = (torch.float32, torch.float64)
+    if dynamic.dtype not in wide or static.dtype not in wide:
+        # A sum over the map would be rounded once more, and may lie outside float16.
+        return dynamic.mean((2, 3), keepdim=True) + static.mean((2, 3), keepdim=True)
+    # Divided after the sums: the gradient of a sum is a view, that of a mean is written as a map.
+    pixels = dynamic.shape[2] * dynamic.shape[3]
+    return (dynamic.sum((2, 3), keepdim=True) + static.sum((2, 3), keepdim=True)) / pixels
 
 
 def _swap_blocks(x: Tensor, outer: int, inner: int) -> Tensor:

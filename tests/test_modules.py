@@ -261,6 +261,24 @@ def test_nothing_is_concatenated(name, layout):
     assert original & {"aten::cat", "aten::stack"}, "this test cannot see a concatenation"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+@both_layouts
+def test_the_gradient_of_the_pooling_is_a_view(layout, dtype):
+    x = randn(2, 16, 7, 6, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+    static = x.detach().clone().requires_grad_()
+    mean = modules._mean_of_sum(x, static)
+    torch.testing.assert_close(mean, (x + static).mean((2, 3), keepdim=True))
+    grad, _ = torch.autograd.grad(mean.sum(), [x, static])
+    torch.testing.assert_close(grad, torch.full_like(x, 1 / 42))
+    assert grad.stride()[2:] == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+def test_the_pooling_of_narrow_maps_stays_in_range(dtype):
+    x = torch.full((1, 2, 64, 64), 100.0, dtype=dtype)  # the sum over the map is 409600
+    assert torch.equal(modules._mean_of_sum(x, -x / 2), torch.full((1, 2, 1, 1), 50.0, dtype=dtype))
+
+
 @both_layouts
 def test_attention_makes_no_logits_per_tap(layout):
     x = randn(2, 16, 12, 12).contiguous(memory_format=layout).requires_grad_()
