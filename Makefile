@@ -54,10 +54,10 @@ clean:  ## Remove everything that was built, and the virtual environments
 	rm -rf build *.egg-info cotnet_ext/_C*.so $(VENV) $(CUDA_VENV)
 
 # The package is installed in place: edits of Python files need no second install, edits of C++ files
-# cause one, which compiles the changed files only.
+# cause one, which compiles the changed files only. The PyTorch stays whatever other packages prefer.
 $(VENV)/ready: $(VENV)/torch $(INPUTS)
 	@touch $@.since  # what is edited from here on needs another turn
-	$(PIP) install --editable '.[dev]'
+	$(PIP) install --editable '.[dev]' "torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')"
 	@mv $@.since $@
 
 # The .pth file lends the environment what $(PYTHON) has installed, if there is a torch among it (for

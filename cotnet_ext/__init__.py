@@ -36,14 +36,18 @@ __all__ = [
     "spatial_softmax_gate",
 ]
 
-_ON_DEMAND = ("compat", "reference")
+# What most programs do not need is imported when it is first asked for.
+_MODULES = ("compat", "models", "reference")
+_FUNCTIONS = {"convert": "conversion", "optimize_for_inference": "inference"}
 
 
 def __getattr__(name: str) -> object:
-    if name in _ON_DEMAND:
+    if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ON_DEMAND])
+    return sorted([*globals(), *_MODULES, *_FUNCTIONS])

@@ -26,17 +26,19 @@ CSRC = ROOT / "csrc"
 # specification, imports torch only. Packages (demo, models) are one module, free inside.
 LAYERS = (
     {"cli", "__main__"},
-    {"convert", "demo", "inference"},
-    {"compat", "models"},
+    {"export", "prediction"},
+    {"conversion", "demo", "inference"},
+    {"models"},
+    {"checkpoints", "compat"},
     {"modules"},
     {"functional", "_pointwise"},
     {"_autograd"},
     {"_ops"},
     {"_checks"},
-    {"_C", "_version"},
+    {"_C", "_files", "_version"},
 )
 # Only what compares with the specification, or builds networks of it, may know it.
-MAY_IMPORT_REFERENCE = {"cli", "convert", "demo", "inference", "models"}
+MAY_IMPORT_REFERENCE = {"cli", "conversion", "demo", "export", "inference", "models"}
 
 
 def allowed_imports(module: str) -> set[str]:
