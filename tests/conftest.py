@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torchvision_operators.sitecustomize  # noqa: E402, F401
 
 
 def pytest_addoption(parser) -> None:
