@@ -48,7 +48,7 @@ def _loads(spec) -> bool:
 
 
 class _Declare(importlib.abc.MetaPathFinder):
-    """Declares the operators just before torchvision is imported, and not before torch is needed."""
+    """Declares the operators just before torchvision is imported, no sooner than torch is."""
 
     def find_spec(self, name, path=None, target=None):
         if name == "torchvision":
