@@ -1,0 +1,25 @@
+"""The networks of Contextual Transformer networks: CoTNet, CoTNeXt and SE-CoTNetD.
+
+`create_model(name, ...)` builds one, `list_models()` has the names, and every name is a function
+too: `cotnet50(num_classes=10)`. Importing this module registers all of them with timm, where timm
+is installed: `timm.create_model("cotnet50", num_classes=10)`.
+"""
+
+from .factory import ENTRY_POINTS, create_model
+from .features import FeatureInfo
+from .network import CoTNet, CoTNetFeatures
+from .table import VARIANTS, Variant, get_variant, list_models
+
+globals().update(ENTRY_POINTS)
+
+__all__ = [
+    "CoTNet",
+    "CoTNetFeatures",
+    "FeatureInfo",
+    "VARIANTS",
+    "Variant",
+    "create_model",
+    "get_variant",
+    "list_models",
+    *ENTRY_POINTS,
+]
