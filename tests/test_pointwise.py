@@ -74,8 +74,9 @@ def test_derivatives_of_any_kind(size, groups):
 def test_only_the_gradient_that_is_asked_for(which, groups):
     inputs = [t.detach() for t in operands(SIZES["wide"], groups)]
     inputs[which].requires_grad_()
-    found, expected = sum(t.sum() for t in ours(*inputs, groups)), sum(
-        t.sum() for t in theirs(*inputs, groups)
+    found, expected = (
+        sum(t.sum() for t in ours(*inputs, groups)),
+        sum(t.sum() for t in theirs(*inputs, groups)),
     )
     torch.testing.assert_close(
         torch.autograd.grad(found, inputs[which]), torch.autograd.grad(expected, inputs[which])
