@@ -138,44 +138,49 @@ def _fuse_chain(
 ) -> None:
     """What follows the convolution or linear layer at `node`, into it."""
 
-    def only_call(node: fx.Node | None) -> nn.Module | None:
-        """The module that a node calls, when nothing else calls it or uses it."""
-        if node is None or node.op != "call_module" or calls[node.target] > 1 or node.kwargs:
-            return None
-        module = owner.get_submodule(node.target)
+    def called_once(path: object) -> nn.Module | None:
+        module = owner.get_submodule(path) if calls[path] == 1 else None
         return None if module in shared else module
 
-    first = only_call(node)
-    is_linear = _is_plain(first, nn.Linear) if first is not None else False
+    def follower(node: fx.Node) -> fx.Node | None:
+        """The only user of a result, when it is a module that takes nothing else."""
+        user = next(iter(node.users)) if len(node.users) == 1 else None
+        return user if user is not None and user.args == (node,) and not user.kwargs else None
+
+    path, first = node.target, called_once(node.target)
+    while first is not None and _is_plain(first, nn.Sequential) and len(first):
+        # What follows a sequence follows its last part.
+        path, first = f"{path}.{len(first) - 1}", first[-1]
+        first = None if first in shared else first
+    is_linear = first is not None and _is_plain(first, nn.Linear)
     if first is None or not (is_linear or _is_fusable_conv(first)):
         return
-    follower = _only_user(node)
-    norm = only_call(follower)
-    kind = nn.BatchNorm1d if is_linear else nn.BatchNorm2d
-    width = first.out_features if is_linear else first.out_channels
-    if norm is None or not is_constant_norm(norm, kind) or norm.num_features != width:
-        norm = None
-    else:
-        owner.set_submodule(follower.target, nn.Identity())
-        follower = _only_user(follower)
+    norm = None
+    after = follower(node)
+    candidate = called_once(after.target) if after is not None else None
+    if candidate is not None and _is_norm_of(candidate, first):
+        norm = candidate
+        owner.set_submodule(after.target, nn.Identity())
+        after = follower(after)
     if is_linear:
         if norm is not None:
-            owner.set_submodule(node.target, FusedLinear(first, norm))
-            log.debug("folded the norm of %s in %s", node.target, type(owner).__name__)
+            owner.set_submodule(path, FusedLinear(first, norm))
+            log.debug("folded the norm of %s in %s", path, type(owner).__name__)
         return
-    act = only_call(follower)
-    name = _activation(act)
-    if name is not None:
-        owner.set_submodule(follower.target, nn.Identity())
+    act = _activation(called_once(after.target)) if after is not None else None
+    if act is not None:
+        owner.set_submodule(after.target, nn.Identity())
     weight, bias = fold(first.weight, first.bias, norm)
-    owner.set_submodule(node.target, FusedConv2d(first, weight, bias, name, memory_format))
-    log.debug(
-        "fused %s in %s: norm %s, activation %s",
-        node.target,
-        type(owner).__name__,
-        "folded" if norm is not None else "none",
-        name or "none",
-    )
+    owner.set_submodule(path, FusedConv2d(first, weight, bias, act, memory_format))
+    folded = "folded" if norm is not None else "none"
+    where = type(owner).__name__
+    log.debug("fused %s in %s: norm %s, activation %s", path, where, folded, act or "none")
+
+
+def _is_norm_of(norm: nn.Module, first: nn.Module) -> bool:
+    if isinstance(first, nn.Linear):
+        return is_constant_norm(norm, nn.BatchNorm1d) and norm.num_features == first.out_features
+    return is_constant_norm(norm, nn.BatchNorm2d) and norm.num_features == first.out_channels
 
 
 def _activation(module: nn.Module | None) -> str | None:
@@ -189,14 +194,6 @@ def _is_fusable_conv(module: nn.Module) -> bool:
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
     )
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    """The one node that uses a result, as its only argument."""
-    if len(node.users) != 1:
-        return None
-    user = next(iter(node.users))
-    return user if user.args == (node,) else None
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module, path: str) -> nn.Module:
