@@ -65,7 +65,8 @@ def optimize_for_inference(
         model = _fuse_layers(model, memory_format)
         model = fuse_chains(model, memory_format)
         model = fuse_sums(model)
-        model = model.requires_grad_(False).to(dtype=dtype, memory_format=memory_format)
+        model = model.eval().requires_grad_(False)
+        model = model.to(dtype=dtype, memory_format=memory_format)
     model.register_forward_pre_hook(_Cast(dtype, memory_format), with_kwargs=True)
     model.train = _EvalOnly(model)
     return model
