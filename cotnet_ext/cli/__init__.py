@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import demo, info
+from . import convert, demo, info
 from .command import UsageError
 
 PROGRAM = "cotnet-ext"
-COMMANDS = tuple(command.COMMAND for command in (info, demo))
+COMMANDS = tuple(command.COMMAND for command in (info, demo, convert))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

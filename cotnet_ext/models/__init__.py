@@ -9,8 +9,11 @@ from .factory import ENTRY_POINTS, create_model
 from .features import FeatureInfo
 from .network import CoTNet, CoTNetFeatures
 from .table import VARIANTS, Variant, get_variant, list_models
+from .timm_registry import register as _register_with_timm
+from .weights import identify
 
 globals().update(ENTRY_POINTS)
+_register_with_timm()
 
 __all__ = [
     "CoTNet",
@@ -20,6 +23,7 @@ __all__ = [
     "Variant",
     "create_model",
     "get_variant",
+    "identify",
     "list_models",
     *ENTRY_POINTS,
 ]

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from ..checkpoints import load_into
 from .features import check_out_indices
 from .network import PLANES, CoTNet, CoTNetFeatures, check_head
 from .table import VARIANTS, get_variant
+from .weights import naming_the_owner
 
 OUTPUT_STRIDES = (8, 16, 32)
 
@@ -89,9 +91,8 @@ def create_model(
             **common,
         )
     if checkpoint is not None:
-        from ..checkpoints import load_into
-
-        load_into(model, checkpoint)
+        with naming_the_owner(name):
+            load_into(model, checkpoint)
     return model
 
 

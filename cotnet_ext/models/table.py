@@ -203,8 +203,9 @@ def get_variant(name: str) -> Variant:
         raise TypeError(f"name must be a str, got {type(name).__name__}")
     if name in VARIANTS:
         return VARIANTS[name]
-    known = {key.lower(): key for key in VARIANTS}
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.0)
+    known = {v.title.lower(): key for key, v in VARIANTS.items()}
+    known |= {key.lower(): key for key in VARIANTS}
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
     raise ValueError(
         f"no model is named {name!r}; did you mean {known[near[0]]!r}? "
         "cotnet_ext.models.list_models() has all names"
