@@ -7,7 +7,7 @@ batches and their order are the same, so the two runs differ by rounding alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -50,22 +50,33 @@ def load_digits(seed: int) -> Digits:
 
 
 class DigitNet(nn.Module):
-    """Convolution, CotLayer, CoTAttention (both with a residual), mean over the map, linear."""
+    """Convolution, contextual layers (each with a residual), mean over the map, linear.
 
-    def __init__(self, namespace: ModuleType, channels: int = CHANNELS) -> None:
+    `layers` are names of modules in `namespace`.
+    """
+
+    def __init__(
+        self,
+        namespace: ModuleType,
+        channels: int = CHANNELS,
+        layers: Sequence[str] = ("CotLayer", "CoTAttention"),
+        in_channels: int = 1,
+        classes: int = 10,
+    ) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(1, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
+            nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
         )
-        self.cot = namespace.CotLayer(channels, 3)
-        self.attention = namespace.CoTAttention(channels, 3)
-        self.head = nn.Linear(channels, 10)
+        self.layers = nn.ModuleList(getattr(namespace, name)(channels, 3) for name in layers)
+        self.head = nn.Linear(channels, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images `[N, 1, H, W]` to class scores `[N, 10]`."""
+        """Images `[N, in_channels, H, W]` to class scores `[N, classes]`."""
         maps = self.stem(images)
-        maps = maps + self.cot(maps)
-        maps = maps + self.attention(maps)
+        for layer in self.layers:
+            maps = maps + layer(maps)
         return self.head(maps.mean((2, 3)))
 
 
@@ -132,10 +143,10 @@ def accuracy(network: nn.Module, digits: Digits) -> float:
 
 @torch.inference_mode()
 def local_weights(network: DigitNet, images: Tensor) -> Tensor:
-    """The 3x3 weights `[N, C/8, 9, H, W]` that the network's CotLayer gives every pixel, after
-    their GroupNorm: what the aggregation multiplies the neighbours by."""
+    """The 3x3 weights `[N, C/8, 9, H, W]` that the network's CotLayer, its first layer, gives every
+    pixel, after their GroupNorm: what the aggregation multiplies the neighbours by."""
     network.eval()
     maps = network.stem(images)
-    layer = network.cot
+    layer = network.layers[0]
     weights = layer.embed(torch.cat([maps, layer.key_embed(maps)], dim=1))
     return weights.unflatten(1, (-1, 9))
