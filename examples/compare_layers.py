@@ -90,7 +90,8 @@ def draw(path: Path, curves: dict[str, dict[str, list[dict]]]) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["svg.hashsalt"] = "cotnet_ext"  # the same picture has the same bytes
+    # Text stays text, and the same picture has the same bytes.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "cotnet_ext"})
     figure = Figure(figsize=(12, 5.6), layout="constrained")
     axes = figure.subplots(2, len(curves), sharex=True, sharey="row")
     for column, (layer, runs) in zip(axes.T, curves.items(), strict=True):

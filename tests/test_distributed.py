@@ -3,14 +3,13 @@ processes, and FSDP2. The processes run distributed_jobs.py, started by torchrun
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from cpp_build import ROOT
 from distributed_jobs import EPOCHS, LAYERS, World, main, network, step, training
+from documents import ROOT, environment
 
 
 @pytest.fixture(scope="module")
@@ -18,16 +17,13 @@ def found(tmp_path_factory) -> dict:
     """What the two processes found."""
     out = tmp_path_factory.mktemp("distributed")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    paths = [ROOT, ROOT / "tests" / "torchvision_operators", os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-        "OMP_NUM_THREADS": "1",
-    }
     done = subprocess.run(
         [*command, str(ROOT / "tests" / "distributed_jobs.py"), str(out)],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**environment(out), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(out / "found.pt", weights_only=True)
 

@@ -14,6 +14,7 @@ import time
 
 import pytest
 import torch
+from documents import environment
 from training import checkpoint, data, loop, main
 from training.distributed import World
 from training.options import LAYERS, parse
@@ -22,7 +23,6 @@ from training_runs import (
     EXAMPLES,
     SHORT,
     assert_same_run,
-    environment,
     flags,
     make_pictures,
     table,
@@ -64,7 +64,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(tmp_path):
     options = dataclasses.replace(SHORT, out=str(killed), **STATEFUL)
     process = subprocess.Popen(
         [sys.executable, str(EXAMPLES / "train.py"), *flags(options)],
-        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     while process.poll() is None and not (killed / "last.pt").exists():
         time.sleep(0.002)

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from documents import environment
 from training import main
 from training.options import FIELDS, Options, check, parse
-from training_runs import CONFIGS, EXAMPLES, SHORT, environment, flags, make_pictures, train
+from training_runs import CONFIGS, EXAMPLES, SHORT, flags, make_pictures, train
 
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 
@@ -260,8 +261,8 @@ def test_as_a_process(tmp_path):
     """Exit code and streams as a shell sees them."""
     bad = subprocess.run(
         [sys.executable, str(EXAMPLES / "train.py"), "--data", str(tmp_path / "absent")],
-        env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.count("\n") == 1 and "there is no folder" in bad.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".programs"]

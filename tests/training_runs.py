@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from cpp_build import ROOT
+from documents import ROOT
 from training import main
 from training.distributed import World
 from training.options import Options
@@ -21,16 +20,6 @@ CONFIGS = EXAMPLES / "configs"
 SHORT = Options(
     width=16, epochs=2, batch_size=192, lr=0.2, sched_on_updates=True, tensorboard=False, threads=2
 )
-
-
-def environment() -> dict[str, str]:
-    """For processes: this package, and timm also where torchvision's operators do not load."""
-    paths = [ROOT, ROOT / "tests" / "torchvision_operators", os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-        "PYTHONUNBUFFERED": "1",
-    }
 
 
 def train(out: Path, **changes: Any) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ the weights stand under the names that timm and the official repository use (`st
 
 from __future__ import annotations
 
-import os
 import pickle
 import random
 import zipfile
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cotnet_ext._files import replacing
 from cotnet_ext.cli.command import UsageError
 
 LAST, BEST = "last.pt", "best.pt"
@@ -24,12 +24,8 @@ LAST, BEST = "last.pt", "best.pt"
 
 def save(content: dict[str, Any], path: Path) -> None:
     """Writes a file that is whole at every moment: the old one until the new one is complete."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with replacing(path) as unfinished:
+        torch.save(content, unfinished)
 
 
 def load(path: Path) -> dict[str, Any]:

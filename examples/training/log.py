@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cotnet_ext._files import replacing
+
 TABLE = "log.csv"
 
 
@@ -68,14 +70,9 @@ class Log:
         writer = csv.DictWriter(table, fieldnames=list(row), lineterminator="\n", restval="")
         writer.writeheader()
         writer.writerows({name: past.get(name, "") for name in row} for past in history)
-        _replace(self.out / TABLE, table.getvalue())
+        with replacing(self.out / TABLE) as unfinished:
+            unfinished.write_text(table.getvalue())
 
     def close(self) -> None:
         if self._writer:
             self._writer.close()
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
