@@ -5,6 +5,7 @@ Both join over gloo; the first writes what they found into OUT/found.pt.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -29,12 +30,13 @@ BATCH = 24  # of the step, over all processes
 
 
 def training(out: Path, processes: int, **changes) -> Options:
-    """A short training on the digits with 96 images per update over all processes."""
+    """A short training on the digits: 2 x 48 images per update, over all processes."""
     plain = Options(
         out=str(out),
         width=WIDTH,
         epochs=EPOCHS,
-        batch_size=96 // processes,
+        batch_size=48 // processes,
+        accumulate=2,
         sched_on_updates=True,
         sync_bn=True,
         tensorboard=False,
@@ -82,13 +84,33 @@ def _sharded_step(kind: str, world: World) -> dict[str, torch.Tensor]:
     }
 
 
+def _stop_and_resume(out: Path, world: World) -> None:
+    """A training with random images of each process's own, unbroken and stopped on its way."""
+    random = {"mixup": 0.8, "cutmix": 1.0, "reprob": 0.5, "sync_bn": False}
+    main.train(training(out / "unbroken", world.size, **random), world)
+    epoch = main._epoch
+
+    def stop_after_one(run, log, number, epochs):
+        if number:
+            raise KeyboardInterrupt
+        return epoch(run, log, number, epochs)
+
+    main._epoch = stop_after_one
+    with contextlib.suppress(KeyboardInterrupt):
+        main.train(training(out / "stopped", world.size, **random), world)
+    main._epoch = epoch
+    main.train(training(out / "stopped", world.size, **random, resume=True), world)
+
+
 def run(out: Path, world: World) -> None:
+    _stop_and_resume(out, world)
     found = {
         "history": main.train(training(out / "two", world.size), world),
         "data_parallel": {kind: _data_parallel_step(kind, world) for kind in LAYERS},
         "sharded": {kind: _sharded_step(kind, world) for kind in LAYERS},
     }
     if world.first:
+        found["out"] = str(out)
         torch.save(found, out / "found.pt")
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from distributed_jobs import EPOCHS, LAYERS, World, main, network, step, training
 from documents import ROOT, environment
+from training_runs import assert_same_run
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +24,7 @@ def found(tmp_path_factory) -> dict:
         env={**environment(out), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -40,6 +43,15 @@ def test_two_processes_train_as_one(found, tmp_path):
         assert row["lr"] == expected["lr"]
     # The same training without norms over both processes is another one.
     assert abs(alone[-1]["loss"] - alone[0]["loss"]) > 0.1
+
+
+def test_two_processes_go_on_where_they_stopped(found):
+    """Each with its own random numbers: bit for bit the unbroken training."""
+    out = Path(found["out"])
+    assert_same_run(out / "unbroken", out / "stopped")
+    states = torch.load(out / "stopped" / "last.pt", weights_only=True)["random_states"]
+    assert len(states) == 2
+    assert states[0]["numpy"][1].tolist() != states[1]["numpy"][1].tolist()
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -54,6 +54,8 @@ def train(options: Options, world: World) -> list[dict[str, Any]]:
     """Trains, and returns one row per epoch: what `log.csv` holds."""
     out = Path(options.out)
     saved = _saved(options, out)  # before anything is made
+    if len(set(world.gather(saved and saved["epoch"]))) > 1:
+        raise UsageError(f"--out: {options.out!r} is not the same folder for all processes")
     run, epochs = set_up(options, world)
     if world.first:
         make_folder("--out", out)
@@ -184,8 +186,14 @@ def _metric(row: dict[str, Any]) -> float:
 def _save(run: Run, out: Path, history: list[dict[str, Any]]) -> None:
     """Writes `last.pt`, and `best.pt` when this epoch is the best so far."""
     states = run.world.gather(checkpoint.random_state(run.world.device))
-    if not run.world.first:
-        return
+    if run.world.first:
+        _write(run, out, history, states)
+    run.world.gather(None)  # no process goes on before the file is there
+
+
+def _write(
+    run: Run, out: Path, history: list[dict[str, Any]], states: list[dict[str, Any]]
+) -> None:
     weights = {"arch": run.options.model, "epoch": len(history)}
     weights["state_dict"] = run.network.state_dict()
     if run.ema:
