@@ -56,6 +56,16 @@ def compare(
     return max(graded, key=lambda a: math.inf if math.isnan(a.error) else a.error / a.allowed)
 
 
+def as_one(results: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The first tensor, and all others as one vector.
+
+    For gradients of whole networks: of hundreds of tensors, some are off by more than the
+    reference's by chance.
+    """
+    first, *others = results
+    return (first, torch.cat([t.flatten() for t in others])) if others else (first,)
+
+
 def _norm(tensor: Tensor) -> float:
     """Euclidean, in float64; nan and inf stay visible."""
     return torch.linalg.vector_norm(tensor.double()).item()

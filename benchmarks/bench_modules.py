@@ -37,17 +37,15 @@ def rows(options: Options) -> Iterator[dict]:
         for direction, shapes in (("eval", case.eval_shapes), ("train step", case.train_shapes)):
             for shape in options.shapes(shapes):
                 contenders = _contenders(case, shape, options)
-                comparison = Comparison(
-                    case.name, direction, shape, contenders, keep_results=False
-                )
+                comparison = Comparison(case.name, direction, shape, contenders, keep_results=False)
                 yield from measure(comparison, options)
 
 
 def _contenders(case: Case, shape: Shape, options: Options) -> list[Contender]:
-    theirs = _build(getattr(reference, case.name), shape, options.device)
-    ours = _build(getattr(modules, case.name), shape, options.device)
+    theirs = build(getattr(reference, case.name), shape, options.device)
+    ours = build(getattr(modules, case.name), shape, options.device)
     ours.load_state_dict(theirs.state_dict())
-    truth = _build(getattr(reference, case.name), shape, options.device)
+    truth = build(getattr(reference, case.name), shape, options.device)
     truth.load_state_dict(theirs.state_dict())
 
     def contender(provider: str, module: Function, layout: str = "contiguous") -> Contender:
@@ -60,7 +58,7 @@ def _contenders(case: Case, shape: Shape, options: Options) -> list[Contender]:
     ]
 
 
-def _build(kind: Callable[[int, int], nn.Module], shape: Shape, device: str) -> nn.Module:
+def build(kind: Callable[[int, int], nn.Module], shape: Shape, device: str) -> nn.Module:
     """A module whose norms are not the identity they start as."""
     torch.manual_seed(0)
     with torch.device(device):

@@ -136,9 +136,7 @@ def _step(function: Function, parameters: Tensors, inputs: Tensors) -> Tensors:
 
 
 def _gradients(output: Tensor, leaves: list[Tensor], upstream: Tensor) -> Tensors:
-    return torch.autograd.grad(
-        output, leaves, upstream, allow_unused=True, materialize_grads=True
-    )
+    return torch.autograd.grad(output, leaves, upstream, allow_unused=True, materialize_grads=True)
 
 
 @dataclass(frozen=True)
@@ -174,11 +172,14 @@ def prepare(function: Function, inputs: Tensors, direction: str) -> Call:
     return lambda: kind.run(function, parameters, inputs)
 
 
-def inputs_for(direction: str, inputs: Tensors) -> Tensors:
-    """`inputs` with what the pass needs: recorded, and with a gradient for the output.
+def inputs_for(direction: str, make: InputMaker) -> Tensors:
+    """An input set with what the pass needs: recorded, and with a gradient for the output.
 
-    The output of everything here is like its first input.
+    The output is like the first input, unless the maker has an `upstream` that knows better.
     """
     kind = PASSES[direction]
-    inputs = tuple(t.requires_grad_(kind.records) for t in inputs)
-    return (*inputs, torch.randn_like(inputs[0], requires_grad=False)) if kind.upstream else inputs
+    inputs = tuple(t.requires_grad_(kind.records) for t in make())
+    if not kind.upstream:
+        return inputs
+    upstream = getattr(make, "upstream", lambda inputs: torch.randn_like(inputs[0].detach()))
+    return (*inputs, upstream(inputs))

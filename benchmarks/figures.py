@@ -9,6 +9,7 @@ import torch
 
 from .byte_model import pass_bytes
 from .comparison import SUBJECT, Options, comparison_name, dtype_name
+from .networks import NETWORKS
 from .shapes import COT_ATTENTION, COT_LAYER_EVAL, MEMORY_BOUND, STAGES, TINY, Shape
 
 REACHED, MISSED, FAILED, ABSENT = "reached", "MISSED", "FAILED", "not measured"
@@ -72,7 +73,14 @@ def figures(gpu: bool = False) -> list[Figure]:
     """All figures of a CPU or a GPU, in the order in which the report shows them."""
     if gpu:
         return [*_gpu_shares(), *_gpu_maps(), *_gpu_peers()]
-    return [*_operator(), *_fused(), *_modules(), *_overhead()]
+    return [
+        *_operator(),
+        *_fused(),
+        *_modules(),
+        *_optimised_layers(),
+        *_networks(),
+        *_overhead(),
+    ]
 
 
 def _operator() -> Iterator[Figure]:
@@ -115,6 +123,49 @@ def _modules() -> Iterator[Figure]:
             yield Figure("peak extra memory, reference / ours", name, "reference", _peak_ratio, 3)
     name = comparison_name("CotLayer", "eval", COT_LAYER_EVAL[0])
     yield Figure("speed-up over the reference", name, "reference", _ratio, 2)
+
+
+# For the four stages: over the eager reference, and over the compiled one at each.
+OPTIMISED = {
+    "CoTAttention": ((4, 4, 4, 4), None),
+    "CotLayer": ((4, 3, 2.5, 1.8), 1.5),
+    "CoXtLayer": ((3, 2.5, 2, 1.5), 1.3),
+}
+
+
+def _optimised_layers() -> Iterator[Figure]:
+    for layer, (targets, compiled) in OPTIMISED.items():
+        for shape, target in zip(STAGES, targets, strict=True):
+            name = comparison_name(f"optimised {layer}", "eval", shape)
+            yield Figure("speed-up over the reference", name, "reference", _ratio, target)
+            if compiled is not None:
+                yield Figure(
+                    "speed-up over the compiled reference", name, "reference, compiled", _ratio,
+                    compiled,
+                )  # fmt: skip
+
+
+# Over the eager reference network.
+NETWORK_EVAL = {"cotnet50": 2.2, "cotnext50_2x48d": 2, "se_cotnetd_50": 1.4}
+
+
+def _networks() -> Iterator[Figure]:
+    for network in NETWORKS:
+        name = comparison_name(network.name, "eval", network.eval_shape)
+        target = NETWORK_EVAL[network.name]
+        yield Figure("speed-up over the reference", name, "reference", _ratio, target)
+        yield Figure("peak extra memory, reference / ours", name, "reference", _peak_ratio, 1 / 0.7)
+        if network.train_shape is None:
+            continue
+        yield Figure(
+            "speed-up over the compiled reference", name, "reference, compiled", _ratio, 1.2
+        )
+        yield Figure(
+            "speed-up of bfloat16 over float32", name, "cotnet_ext, bfloat16", _inverse_ratio, 1.2,
+            dtype="bfloat16",
+        )  # fmt: skip
+        name = comparison_name(network.name, "train step", network.train_shape)
+        yield Figure("speed-up over the reference", name, "reference", _ratio, 1.6)
 
 
 def _overhead() -> Iterator[Figure]:

@@ -76,7 +76,7 @@ class Pool:
     """Input sets handed out in turn, so many that each has left the caches when its turn comes."""
 
     def __init__(self, make: InputMaker, direction: str, options: Options):
-        first = inputs_for(direction, make())
+        first = inputs_for(direction, make)
         copies = _sets_needed(sum(t.nbytes for t in first), options) - 1
         self.sets = [first, *(_copy_of(first) for _ in range(copies))]
         self._turn = 0
@@ -153,7 +153,10 @@ def _check(entry: _Entry, truths: Truths) -> accuracy.Accuracy | None:
             prepare(_in_dtype(reference, make.dtype), inputs, entry.direction)(),
         )
     result = prepare(entry.contender.function, inputs, entry.direction)()
-    return accuracy.compare(result, *truths[reference, make])
+    compared = (result, *truths[reference, make])
+    if getattr(make, "as_one", False):
+        compared = tuple(accuracy.as_one(tensors) for tensors in compared)
+    return accuracy.compare(*compared)
 
 
 def _in_dtype(function: Function, dtype: torch.dtype) -> Function:

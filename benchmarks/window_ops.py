@@ -112,9 +112,7 @@ class _Case:
     def _plain(self, dtype: torch.dtype) -> Contender:
         """local_aggregation on the inputs of the fused op, which uses the weights as they are."""
         ours, truth = (_without_norm(getattr(home, PLAIN)) for home in (cotnet_ext, reference))
-        return dataclasses.replace(
-            self._contender(PLAIN, ours, dtype), reference=self._bind(truth)
-        )
+        return dataclasses.replace(self._contender(PLAIN, ours, dtype), reference=self._bind(truth))
 
     @functools.cached_property
     def _truth(self) -> Function:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import cotnet_ext
-from benchmarks import byte_model, clocks, figures, memory, official, one_thread, report
+from benchmarks import accuracy, byte_model, clocks, figures, memory, official, one_thread, report
 from benchmarks.__main__ import main, names
 from benchmarks.comparison import Comparison, Contender, Options, dtype_name
 from benchmarks.harness import Pool, measure
@@ -32,6 +32,8 @@ FIELDS = {
     "run", "time", "command", "commit", "device", "threads", "cold", "versions", "comparison",
     "op", "pass", "provider", "rounds", "ms", "error",
 }  # fmt: skip
+
+NO_OPERATORS = {"inference", "modules", "networks", "overhead"}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,8 @@ def test_every_benchmark_leaves_rows(quick):
     ops = {row["op"] for row in report.read_rows(quick)}
     modules = {"CoTAttention", "CotLayer", "CoXtLayer"}
     overhead = {"import", "one call"}
-    assert ops == (set(names()) - {"modules", "overhead"}) | modules | overhead
+    optimised = {f"optimised {name}" for name in modules}
+    assert ops == (set(names()) - NO_OPERATORS) | modules | optimised | overhead | {"cotnet50"}
 
 
 def test_rows_are_complete_and_were_checked(quick):
@@ -163,6 +166,13 @@ def test_a_low_precision_result_may_lose_what_the_reference_loses():
     assert right["error"] is None and other["error"] is None
 
 
+def test_the_gradients_of_a_network_are_judged_as_one():
+    tensors = torch.ones(2), torch.zeros(3), torch.full((2, 2), 2.0)
+    first, rest = accuracy.as_one(tensors)
+    assert first is tensors[0] and rest.tolist() == [0, 0, 0, 2, 2, 2, 2]
+    assert accuracy.as_one(tensors[:1]) == tensors[:1]
+
+
 # ---- what is measured --------------------------------------------------------------------------
 
 
@@ -219,7 +229,7 @@ def test_the_byte_model_counts_every_tensor_once(op):
 
 def test_every_op_has_a_byte_model():
     assert set(MAKERS) == set(byte_model.FORWARD) == set(byte_model.BACKWARD)
-    assert set(MAKERS) == set(names()) - {"modules", "overhead"}
+    assert set(MAKERS) == set(names()) - NO_OPERATORS
 
 
 def test_peak_memory_is_the_highest_sum_of_what_is_alive():
@@ -309,7 +319,7 @@ def test_quick_shapes_are_quick():
 GPU = dataclasses.replace(FAST, gpu=True)
 
 
-@pytest.mark.parametrize("name", sorted(set(names()) - {"modules", "overhead"}))
+@pytest.mark.parametrize("name", sorted(set(names()) - NO_OPERATORS))
 def test_comparisons_of_a_gpu(name):
     """Every contender but the CUDA kernels gives the right result, backward alone included."""
     rows = list(importlib.import_module(f"benchmarks.bench_{name}").rows(GPU))

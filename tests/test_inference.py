@@ -9,7 +9,8 @@ import pickle
 
 import pytest
 import torch
-from layers import assert_no_worse, both_layouts, build, every_kind, every_layer, make_input
+from documents import ROOT, broken_links, run_document
+from layers import LAYERS, assert_no_worse, both_layouts, build, every_kind, every_layer, make_input
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -62,6 +63,16 @@ def test_a_layer_gives_the_same_numbers(package, name, layout, device):
     assert_same(layer, fast, x)
     with torch.no_grad():
         assert fast(x).is_contiguous(memory_format=CL)
+
+
+@pytest.mark.parametrize("narrow", [0, 1 << 20], ids=["copies", "convolutions"])
+@pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("coxt")])
+def test_both_ways_to_order_the_channels(name, narrow, monkeypatch, device):
+    monkeypatch.setattr("cotnet_ext.inference.layers.NARROW", narrow)
+    layer = build(reference, name).eval().to(device)
+    fast = optimize_for_inference(layer)
+    assert (fast.order_back is None) == (narrow == 0 or device.type == "cuda")
+    assert_same(layer, fast, make_input(name).to(device))
 
 
 @every_kind
@@ -745,3 +756,18 @@ def test_inference_mode():
         expected = fast(x)
     with torch.no_grad():
         assert torch.equal(fast(x), expected)
+
+
+# ---- the document --------------------------------------------------------------------------------
+
+
+def test_the_document(tmp_path, caplog):
+    document = ROOT / "docs" / "inference.md"
+    assert broken_links(document) == []
+    handlers, logger = list(logging.root.handlers), logging.getLogger("cotnet_ext.inference")
+    try:
+        run_document(document, tmp_path)
+    finally:
+        logger.setLevel(logging.NOTSET)
+        logging.root.handlers[:] = handlers
+    assert "replaced 3 by FusedContextualLayer" in caplog.text

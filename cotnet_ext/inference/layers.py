@@ -95,6 +95,12 @@ _VALUE = (nn.Conv2d, nn.BatchNorm2d)
 _SELECT = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d)
 
 
+# The aggregation of `CoXtLayer` wants its channels in another order. Up to this many, a dense 1x1
+# convolution that writes them in that order, and one that puts them back and applies the SiLU, are
+# faster than copies that pick a few channels at a time (1.5x at 64 and 96, on the CPU).
+NARROW = 128
+
+
 class FusedContextualLayer(nn.Module):
     """`CotLayer` (one group) or `CoXtLayer` (two) for evaluation; see the head of this file.
 
@@ -125,9 +131,19 @@ class FusedContextualLayer(nn.Module):
 
         scale, shift = scale_and_shift(layer.bn)
         weight, bias = fold(conv.weight, conv.bias, value_norm)
-        weight, bias = weight.double() * scale.view(-1, 1, 1, 1), bias.double() * scale
-        self.value = fused(conv, weight.to(conv.weight.dtype), bias.to(conv.weight.dtype))
-        self.shift = _constant(shift.to(conv.weight.dtype).view(-1, 1, 1))
+        dtype = conv.weight.dtype
+        weight = (weight.double() * scale.view(-1, 1, 1, 1)).to(dtype)
+        bias, shift = (bias.double() * scale).to(dtype), shift.to(dtype)
+        self.order_back = None
+        if groups == 2 and dim <= NARROW and weight.device.type == "cpu":
+            to_blocks = _swap_blocks(torch.arange(dim).view(1, dim, 1, 1), 2, 8).flatten()
+            dense = nn.Conv2d(dim, dim, 1, device="meta")
+            self.value = fused(dense, _dense(weight)[to_blocks], bias[to_blocks])
+            back = torch.eye(dim, dtype=dtype, device=weight.device)[to_blocks.argsort()]
+            self.order_back = fused(dense, back[..., None, None], shift, "silu")
+        else:
+            self.value = fused(conv, weight, bias)
+        self.shift = _constant(shift.view(-1, 1, 1))
 
         self.norm_weight = _constant(group_norm.weight)
         self.norm_bias = _constant(group_norm.bias)
@@ -150,7 +166,8 @@ class FusedContextualLayer(nn.Module):
 
     def _aggregate(self, value: Tensor, weight: Tensor, static: Tensor) -> tuple[Tensor, Tensor]:
         """The dynamic context, and the mean over the map of both contexts `[N, dim, 1, 1]`."""
-        if self.groups == 2:
+        swaps = self.groups == 2 and self.order_back is None
+        if swaps:
             value = _swap_blocks(value, 2, 8)
         dynamic = group_norm_aggregation(
             value,
@@ -161,9 +178,11 @@ class FusedContextualLayer(nn.Module):
             kernel_size=self.kernel_size,
             padding=self.kernel_size // 2,
         )
-        if self.groups == 2:
+        if swaps:
             dynamic = _swap_blocks(dynamic, 8, 2)
-        if dynamic.requires_grad:
+        if self.order_back is not None:
+            dynamic = self.order_back(dynamic)
+        elif dynamic.requires_grad:
             dynamic = F.silu(dynamic + self.shift)
         else:
             dynamic = F.silu(dynamic.add_(self.shift), inplace=True)
@@ -199,6 +218,13 @@ def _check_contextual(layer: nn.Module, groups: int) -> None:
     window = (local.kernel_size, local.stride, local.padding, local.dilation, local.pad_mode)
     if window != (layer.kernel_size, 1, layer.kernel_size // 2, 1, 0):
         raise NotFusable("local_conv has another window than the layer")
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """The weight without groups of a convolution that has the weight `[O, C // 2, 1, 1]` of two."""
+    first, second = weight.chunk(2)
+    zeros = torch.zeros_like(first)
+    return torch.cat([torch.cat([first, zeros], dim=1), torch.cat([zeros, second], dim=1)])
 
 
 def _columns(weight: Tensor, dim: int, groups: int) -> tuple[Tensor, Tensor]:
