@@ -45,7 +45,7 @@ def require(extra: str, *packages: str) -> None:
         try:
             importlib.import_module(package)
         except ImportError:
-            missing.append({"sklearn": "scikit-learn"}.get(package, package))
+            missing.append({"PIL": "pillow", "sklearn": "scikit-learn"}.get(package, package))
     if missing:
         raise UsageError(
             f'needs {", ".join(missing)}; install with: pip install "cotnet_ext[{extra}]"'
