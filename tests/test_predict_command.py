@@ -184,7 +184,10 @@ def test_bad_models_and_checkpoints(predict, folder):
     assert_refused(predict("images", checkpoint="images"), "--checkpoint: cannot read 'images'")
     assert_refused(predict("images", checkpoint="text.png"), "--checkpoint: 'text.png' is no check")
     assert_refused(
-        predict("images", model="cotnet101"), "--checkpoint: ", "does not fit cotnet101", "missing"
+        predict("images", model="cotnet101"),
+        "--checkpoint: ",
+        "does not fit cotnet101",
+        "of cotnet50",
     )
 
 

@@ -211,6 +211,18 @@ def test_the_file_decides_the_classes(model):
     assert not model.training
 
 
+def test_loading_fills_everything(tmp_path):
+    """Also the filters of the blur pooling, which no file has."""
+    expected = create_model("se_cotnetd_152", num_classes=2)
+    save_file(expected.state_dict(), tmp_path / "w.safetensors")
+    actual = load_classifier("se_cotnetd_152", tmp_path / "w.safetensors")
+    for tensors in ("named_parameters", "named_buffers"):
+        found, wanted = (dict(getattr(model, tensors)()) for model in (actual, expected))
+        assert list(found) == list(wanted)
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+        assert all(found[key].requires_grad == wanted[key].requires_grad for key in wanted)
+
+
 def test_predictions_are_the_softmax_of_the_network(model, images):
     preparation = Preparation.of(NETWORK, 64)
     paths = find_images([images])

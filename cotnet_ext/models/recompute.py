@@ -27,8 +27,10 @@ def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Within it, BatchNorms in training normalise as ever and learn nothing of the batch."""
     norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+    for norm, _, tracked in before:
+        norm.momentum = 0.0
+        if tracked is not None:  # counted in a copy: without a number SyncBatchNorm refuses
+            norm.num_batches_tracked = tracked.clone()
     try:
         yield
     finally:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .. import checkpoints
 from ..models import CoTNet, create_model
+from ..models.blocks import BlurPool
+from ..models.weights import naming_the_owner
 from .images import ImageError, Preparation
 
 
@@ -54,8 +56,14 @@ def load_classifier(name: str, checkpoint: str | os.PathLike[str]) -> CoTNet:
             f"{str(checkpoint)!r} is for images of {first.shape[1]} channels, expected 3"
         )
     classes = 1000 if classifier is None or not len(classifier) else len(classifier)
-    model = create_model(name, num_classes=classes)
-    tensors, _ = checkpoints.fit(weights, model)
+    with torch.device("meta"):  # which saves the time to draw random weights
+        model = create_model(name, num_classes=classes)
+    model.to_empty(device="cpu")
+    for part in model.modules():
+        if isinstance(part, BlurPool):
+            part.reset_parameters()
+    with naming_the_owner(name):
+        tensors, _ = checkpoints.fit(weights, model)
     model.load_state_dict(tensors)
     return model.eval()
 
