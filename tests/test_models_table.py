@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from networks_table import DOCUMENTS, parts, render
 from torch import nn
 
 from cotnet_ext import reference
@@ -36,3 +37,8 @@ def test_costs_are_counted(variant):
         macs = count_macs(model, torch.empty(1, *variant.input_size))
     assert sum(p.numel() for p in model.parameters()) == variant.params
     assert float(f"{macs / 1e9:.4g}") == variant.gmacs
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_have_this_table(document):
+    assert parts(document)[1] == render(), "run: python tests/networks_table.py"
