@@ -666,7 +666,8 @@ class Droplet(official.CotLayer):
 
 class Windows(official.CotLayer):
     def forward(self, x):
-        return super().forward(x.unflatten(2, (-1, 4)).flatten(2, 3))
+        k = self.key_embed(x)
+        return super().forward(k.unflatten(2, (-1, 7)).flatten(2, 3))
 
 
 class Two(official.CotLayer):
@@ -706,7 +707,7 @@ OTHERS = {
     ),
     "a failing forward": (
         lambda: Windows(16, 3),
-        "its forward fails on a map [2, 16, 6, 5]: RuntimeError: ",
+        "its forward fails on a map [2, 16, 8, 16]: RuntimeError: ",
     ),
     "more arguments": (lambda: Two(16, 3), "its forward takes (x, mask), expected 1 argument(s)"),
     "another train": (lambda: Loading(16, 3), "class Loading overrides train of nn.Module"),
@@ -758,6 +759,27 @@ def test_other_behaviour_is_left_alone(what):
     assert type(layer) is kind
     assert report[0].replacement is None
     assert report[0].remark == reason or reason.endswith(": ") and reason in report[0].remark
+
+
+def test_a_forward_that_cannot_begin_here():
+    """Such as one that imports CuPy: the structure decides, and the report tells."""
+
+    class CotLayer(official.CotLayer):
+        def forward(self, x):
+            raise ImportError("No module named 'cupy'")
+
+    class Tokens(official.CotLayer):
+        def forward(self, x):
+            n, tokens, c = x.shape
+            return super().forward(x.transpose(1, 2).reshape(n, c, -1, 4))
+
+    model, report = converted(nn.ModuleList([CotLayer(8, 3), CotLayer(8, 3), Tokens(8, 3)]))
+    remark = "not compared, as its forward does not run on the CPU: ImportError: No module named "
+    layers = [finding for finding in report if "local_conv" not in finding.path]
+    assert [finding.replacement for finding in layers] == ["cotnet_ext.CotLayer"] * 2 + [None]
+    assert [finding.remark for finding in layers[:2]] == [f"{remark}'cupy'"] * 2
+    assert layers[2].remark.startswith("its forward fails on a map [2, 8, 8, 16]: ValueError: too ")
+    assert model[0](randn(2, 8, 5, 4, dtype=torch.float32)).shape == (2, 8, 5, 4)
 
 
 def test_attributes_of_the_object_count():

@@ -68,7 +68,8 @@ def convert(
       or prepared for quantisation: they are kept and called as they are;
     * its `forward` takes the same arguments and gives the numbers of ours, in training and in
       evaluation, on a small map with fresh sub-modules; and its class changes nothing else of
-      `nn.Module`. The random state, the parameters and the statistics are not touched by that.
+      `nn.Module`. The random state, the parameters and the statistics are not touched by that. One
+      that cannot even begin on the CPU (it needs CuPy, say) is swapped, with a remark.
 
     Everything else is kept: the very parameters and buffers, requires_grad, dtypes, devices,
     training mode, hooks, attributes, names and `state_dict` keys, and the identity of each module.
@@ -118,7 +119,7 @@ def _check_arguments(model: object, dry_run: object, report: object) -> None:
 
 def _judge(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None, str]]:
     """Path, module, our twin of it (None where it stays) and a remark, for all of the family."""
-    known: dict[object, str] = {}
+    known: dict[object, str | Refusal] = {}
     for path, module in model.named_modules():
         ours = None if isinstance(module, OURS) else counterpart(module)
         if ours is None:
@@ -128,8 +129,8 @@ def _judge(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None,
             if ours in LOCAL.values():
                 twin, remark = local_twin(module, ours)
             else:
-                twin, remark = layer_twin(module, ours), ""
-                check_forward(module, twin, known)
+                twin = layer_twin(module, ours)
+                remark = check_forward(module, twin, known)
         except Refusal as refusal:
             yield path, module, None, str(refusal)
         else:

@@ -14,6 +14,9 @@ from .family import Refusal, shallow_copy
 _IGNORED = {"pad_mode": 0}
 _IGNORED_BY = {compat.LocalConvolutionDilate: {"stride": 1}}
 
+# What a forward raises before it calls a sub-module where something is missing on this machine.
+_UNABLE = (ImportError, NotImplementedError, RuntimeError, AssertionError)
+
 
 def _check_arity(module: nn.Module, count: int) -> None:
     """Refuses a forward that could be called with other arguments than ours."""
@@ -23,39 +26,48 @@ def _check_arity(module: nn.Module, count: int) -> None:
         raise Refusal(f"its forward takes ({names}), expected {count} argument(s)")
 
 
-def check_forward(module: nn.Module, twin: nn.Module, known: dict[object, str]) -> None:
-    """Refuses a layer whose forward is another function of its sub-modules than ours."""
+def check_forward(module: nn.Module, twin: nn.Module, known: dict[object, str | Refusal]) -> str:
+    """Refuses a layer whose forward is another function of its sub-modules than ours; a remark.
+
+    `known` remembers the remarks, or refusals, for layers that differ in their weights only.
+    """
     if type(module).forward is nn.Module.forward:  # it has none to compare
-        return
+        return ""
     _check_arity(module, 1)
     plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
     plain.pop("training")
     others = {k for k in vars(module) if not k.startswith("_")} - plain.keys() - {"training"}
     key = (type(module), type(twin), twin.dim, twin.kernel_size, *sorted(plain.items()))
     if others or key not in known:
-        known[key] = _difference(module, twin)
-    if known[key]:
-        raise Refusal(known[key])
+        known[key] = _compare_forward(module, twin)
+    if isinstance(known[key], Refusal):
+        raise known[key]
+    return known[key]
 
 
-def _difference(module: nn.Module, twin: nn.Module) -> str:
-    """How its forward differs from ours on fresh sub-modules; empty where it does not."""
+def _compare_forward(module: nn.Module, twin: nn.Module) -> str | Refusal:
+    """Runs its forward and ours on a small map with fresh sub-modules."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         torch.manual_seed(0)
         ours = type(twin)(twin.dim, twin.kernel_size).float()
         theirs = shallow_copy(module)
         theirs.__dict__["_modules"] = dict(ours._modules)
-        x = torch.randn(2, twin.dim, 6, 5, dtype=torch.float32)
+        begun: list[nn.Module] = []
+        for part in ours.children():
+            part.register_forward_pre_hook(lambda part, _: begun.append(part))
+        x = torch.randn(2, twin.dim, 8, 16, dtype=torch.float32)  # windows of 2, 4 and 8 fit
         for training in (False, True):
             ours.train(training)
             theirs.__dict__["training"] = training
             try:
                 actual = type(module).forward(theirs, x.clone())
             except Exception as error:
-                return f"its forward fails on a map {list(x.shape)}: {_first_line(error)}"
+                if isinstance(error, _UNABLE) and not begun:
+                    return _not_compared(error)
+                return Refusal(f"its forward fails on a map {list(x.shape)}: {_first_line(error)}")
             if not _is_close(actual, ours(x)):
                 mode = "training" if training else "evaluation"
-                return f"its forward gives other numbers in {mode}"
+                return Refusal(f"its forward gives other numbers in {mode}")
     return ""
 
 
@@ -65,6 +77,10 @@ def _is_close(actual: object, expected: Tensor) -> bool:
         and actual.shape == expected.shape
         and torch.allclose(actual.to(expected), expected, rtol=1e-3, atol=1e-4)
     )
+
+
+def _not_compared(error: Exception) -> str:
+    return f"not compared, as its forward does not run on the CPU: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:
@@ -107,7 +123,7 @@ def _check_ignored(module: nn.Module, twin: nn.Module, error: Exception) -> str:
                 f"its {name}={getattr(module, name)} is ignored by the original and honoured by "
                 f"{type(twin).__name__}; set it to {value} to keep the numbers"
             )
-    return f"not compared, as its forward does not run on the CPU: {_first_line(error)}"
+    return _not_compared(error)
 
 
 def _local_inputs(twin: nn.Module) -> list[Tensor]:
