@@ -32,14 +32,15 @@ STYLES = {
 }
 
 
-def compare(epochs: int | None, threads: int) -> dict[str, dict[str, list[dict]]]:
+def compare(
+    epochs: int | None, width: int | None, threads: int
+) -> dict[str, dict[str, list[dict]]]:
     """The rows of every training, by layer and kind."""
     torch.set_num_threads(threads)
     options = parse(["--config", str(CONFIG), "--no-tensorboard"])
-    options = dataclasses.replace(options, epochs=epochs or options.epochs)
-    options = dataclasses.replace(
-        options, warmup_epochs=min(options.warmup_epochs, options.epochs - 1)
-    )
+    epochs, width = epochs or options.epochs, width or options.width
+    warmup = min(options.warmup_epochs, epochs - 1)
+    options = dataclasses.replace(options, epochs=epochs, width=width, warmup_epochs=warmup)
     curves = {}
     for layer in LAYERS:
         curves[layer] = {}
@@ -95,7 +96,7 @@ def draw(path: Path, curves: dict[str, dict[str, list[dict]]]) -> None:
     figure = Figure(figsize=(12, 5.6), layout="constrained")
     axes = figure.subplots(2, len(curves), sharex=True, sharey="row")
     for column, (layer, runs) in zip(axes.T, curves.items(), strict=True):
-        column[0].set_title(f"{layer}({parse(['--config', str(CONFIG)]).width}, 3)")
+        column[0].set_title(layer)
         for kind, rows in runs.items():
             epochs = [row["epoch"] for row in rows]
             column[0].plot(epochs, [row["loss"] for row in rows], label=kind, **STYLES[kind])
@@ -114,10 +115,11 @@ def draw(path: Path, curves: dict[str, dict[str, list[dict]]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, help="default: as in configs/digits.yaml")
+    parser.add_argument("--width", type=int, help="channels, default: as there")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--picture", type=Path, help="file to draw the curves into")
     options = parser.parse_args()
-    curves = compare(options.epochs, options.threads)
+    curves = compare(options.epochs, options.width, options.threads)
     if options.picture:
         draw(options.picture, curves)
     return 0 if summarise(curves) else 1

@@ -18,7 +18,8 @@ DOCUMENT = ROOT / "docs" / "training.md"
 def test_everything_shown_runs(tmp_path):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     printed = run_document(DOCUMENT, tmp_path)
-    assert len(printed) == 5
+    assert len(printed) == 6
+    assert "network  cotnet50" in printed[4]
     assert [row["epoch"] for row in table(tmp_path / "digits")] == ["1", "2", "3"]
     assert "resumed after epoch 2" in printed[1]
     assert "2 x cpu" in printed[2]

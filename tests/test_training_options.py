@@ -236,6 +236,46 @@ def test_bad_checkpoints_are_refused(capsys, tmp_path, what):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ("--checkpoint", "No such file", "absent.pt")),
+        (b"text", ("absent.pt",)),
+        ({"state_dict": {"head.weight": torch.zeros(2, 3)}}, ("absent.pt",)),
+    ],
+    ids=["missing", "no checkpoint", "of another network"],
+)
+def test_bad_weights_to_start_from_are_refused(capsys, tmp_path, content, words):
+    path = tmp_path / "absent.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        torch.save(content, path)
+    data = make_pictures(tmp_path / "data", train=1, test=1)
+    error = refusal(
+        capsys, "--no-tensorboard", "--out", str(tmp_path / "out"), "--batch-size", "2",
+        "--data", str(data), "--model", "cotnet50", "--checkpoint", str(path),
+    )  # fmt: skip
+    for word in words:
+        assert word in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_starts_from_trained_weights(tmp_path):
+    """From another number of classes: all but the classifier is taken over."""
+    from training.model import build
+
+    from cotnet_ext import models
+
+    torch.manual_seed(1)
+    trained = models.create_model("cotnet50", num_classes=3)
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "some.pt")
+    options = dataclasses.replace(SHORT, model="cotnet50", checkpoint=str(tmp_path / "some.pt"))
+    network = build(options, classes=2, channels=3)
+    assert network.state_dict()["fc.weight"].shape[0] == 2
+    assert torch.equal(network.layer1[0].conv1.weight, trained.layer1[0].conv1.weight)
+
+
 def test_output_must_be_writable(capsys, tmp_path):
     taken = tmp_path / "taken"
     taken.write_text("not a folder")
@@ -249,6 +289,12 @@ def test_missing_packages_are_named(capsys, monkeypatch, tmp_path, module, packa
     monkeypatch.setitem(sys.modules, module, None)
     error = refusal(capsys, "--out", str(tmp_path / "out"))
     assert package in error and 'pip install "cotnet_ext[train]"' in error
+
+
+def test_a_configuration_needs_yaml(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    error = refusal(capsys, "--config", str(RECIPES[0]))
+    assert 'needs yaml; install with: pip install "cotnet_ext[train]"' in error
 
 
 def test_a_gpu_that_is_not_there_is_named(capsys, monkeypatch, tmp_path):

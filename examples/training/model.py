@@ -29,8 +29,11 @@ def build(options: Options, classes: int, channels: int) -> nn.Module:
             reference=options.reference,
             checkpoint=options.checkpoint,
         )
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--checkpoint: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"--checkpoint: cannot read {options.checkpoint!r}: {reason}") from None
+    except ValueError as error:
+        raise UsageError(" ".join(str(error).split())) from None
 
 
 def _digitnet(options: Options, classes: int, channels: int) -> nn.Module:

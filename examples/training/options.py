@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cotnet_ext.cli.command import UsageError, whole
+from cotnet_ext.cli.command import UsageError, require, whole
 
 PROGRAM = "train.py"
 
@@ -197,6 +197,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 def read_config(path: str) -> dict[str, Any]:
     """The options in a YAML file, checked as those of the command line are."""
+    require("train", "yaml")
     import yaml
 
     try:
