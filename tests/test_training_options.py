@@ -12,8 +12,11 @@ import torch
 import yaml
 from documents import environment
 from training import main
+from training.distributed import World
 from training.options import FIELDS, Options, check, parse
 from training_runs import CONFIGS, EXAMPLES, SHORT, flags, make_pictures, train
+
+from cotnet_ext.cli.command import UsageError
 
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 
@@ -214,6 +217,27 @@ def test_a_training_is_not_overwritten(capsys, tmp_path):
         error = refusal(capsys, *said, "--resume", option, value)
         assert option in error and value in error and "last.pt" in error
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_processes_must_see_the_same_folder(tmp_path):
+    """As on machines that share no file system: one of them has a checkpoint, the other none."""
+
+    class Apart(World):
+        def gather(self, value):
+            return [value, 3]
+
+    with pytest.raises(UsageError, match="--out: .* is not the same folder for all processes"):
+        main.train(dataclasses.replace(SHORT, out=str(tmp_path / "out")), Apart())
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_number_of_processes_is_said(capsys, tmp_path):
+    train(tmp_path, epochs=1)
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    saved["random_states"] *= 2
+    torch.save(saved, tmp_path / "last.pt")
+    train(tmp_path, epochs=1, resume=True)
+    assert "note: 2 processes before, 1 now" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["cut", "foreign", "weights of another"])
