@@ -39,6 +39,20 @@ spatial_softmax_gate_backward = _ops.spatial_softmax_gate_backward.default
 context_fusion = _ops.context_fusion.default
 context_fusion_backward = _ops.context_fusion_backward.default
 
+# The parts of a fused layer; `_batch_norm` says what they are.
+BATCH_NORM = (
+    "batch_norm_statistics",
+    "batch_norm",
+    "batch_norm_sums",
+    "batch_norm_backward",
+    "batch_norm_fusion_pool",
+    "batch_norm_fusion",
+    "batch_norm_fusion_sums",
+    "batch_norm_fusion_backward",
+)
+for _name in BATCH_NORM:
+    globals()[_name] = getattr(_ops, _name).default
+
 
 def below_autograd(op: Callable, *args):
     """Calls ``op`` where no gradient is recorded for it: skips the layer that ``register_autograd``

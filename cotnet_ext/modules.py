@@ -24,9 +24,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 
+from ._checks import Window
+from ._checks import window as _window
+from ._fusable import is_fusable
+from ._plain import is_plain as _is_plain
 from ._pointwise import pointwise, pointwise_sums
+from ._training import fused_layer
 from .functional import (
     context_fusion,
     group_norm_aggregation,
@@ -35,23 +39,6 @@ from .functional import (
 )
 
 __all__ = ["CoTAttention", "CoXtLayer", "CotLayer", "LocalConvolution"]
-
-
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling `module` does what `kind.forward` says and nothing else.
-
-    Only then may a layer use the parameters of a submodule in place of calling it. Parametrizations
-    change the type; pruning, weight norm and sharding are hooks; some tools replace `forward`.
-    """
-    return (
-        type(module) is kind
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and "forward" not in module.__dict__
-        and not _has_any_global_hook()
-    )
 
 
 def _is_plain_sequence(module: nn.Module, length: int) -> bool:
@@ -247,6 +234,11 @@ class LocalConvolution(nn.Module):
             "padding_mode": "reflect" if self.pad_mode else "zeros",
         }
 
+    @property
+    def pairs(self) -> Window:
+        """The window as the operators take it."""
+        return _window(**self.window)
+
     def forward(self, input: Tensor, weight: Tensor) -> Tensor:
         return local_aggregation(input, weight, **self.window)
 
@@ -337,10 +329,20 @@ class _ContextualLayer(nn.Module):
     Attributes:
         _key_groups: groups of the convolution in `key_embed`.
         _groups: groups of the 1x1 convolutions in `embed` and `conv1x1`.
+        _parts: the types of its submodules, and of theirs.
     """
 
     _key_groups: int
     _groups: int
+    _parts = {
+        "key_embed": (nn.Conv2d, nn.BatchNorm2d, nn.ReLU),
+        "embed": (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.GroupNorm),
+        "conv1x1": (nn.Conv2d, nn.BatchNorm2d),
+        "local_conv": LocalConvolution,
+        "bn": nn.BatchNorm2d,
+        "act": nn.SiLU,
+        "se": (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d),
+    }
 
     def __init__(self, dim: int, kernel_size: int) -> None:
         super().__init__()
@@ -380,6 +382,12 @@ class _ContextualLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         _check_map(input, self.dim)
+        if is_fusable(self, input):
+            return fused_layer(self, input)
+        return self._compose(input)
+
+    def _compose(self, input: Tensor) -> Tensor:
+        """The layer from its submodules and the functions of this package."""
         static = _run(self.key_embed, input)
         dynamic = self.act(self.bn(self._aggregate(input, static)))
         pooled = _mean_of_sum(dynamic, static)
@@ -425,20 +433,37 @@ class _ContextualLayer(nn.Module):
         """The columns of the weight of `embed[0]` for the input, and those for static."""
         raise NotImplementedError
 
+    def _merge(self, of_input: Tensor, of_static: Tensor) -> Tensor:
+        """The weight that has these columns."""
+        raise NotImplementedError
+
     def _apply_local(self, value: Tensor, weight: Tensor) -> Tensor:
         """`local_conv` of the value with normalised weights `[N, dim//8 * k*k, H, W]`."""
         raise NotImplementedError
 
     def _apply_fused(self, value: Tensor, weight: Tensor, norm: nn.GroupNorm) -> Tensor:
         """The same with weights that `norm` has yet to normalise."""
-        return group_norm_aggregation(
-            value,
-            weight.unflatten(1, (1, self.dim // 8, self.kernel_size * self.kernel_size)),
+        aggregated = group_norm_aggregation(
+            self._to_shared(value),
+            self._per_tap(weight),
             norm.weight,
             norm.bias,
             norm.eps,
             **self.local_conv.window,
         )
+        return self._from_shared(aggregated)
+
+    def _per_tap(self, weight: Tensor) -> Tensor:
+        """Weights `[N, dim//8 * k*k, H, W]` as the functions take them."""
+        return weight.unflatten(1, (1, self.dim // 8, self.kernel_size * self.kernel_size))
+
+    def _to_shared(self, value: Tensor) -> Tensor:
+        """The channels of the value in an order in which `c % (dim//8)` is the weight channel."""
+        return value
+
+    def _from_shared(self, aggregated: Tensor) -> Tensor:
+        """The channels back in their own order."""
+        return aggregated
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, kernel_size={self.kernel_size}"
@@ -467,9 +492,11 @@ class CotLayer(_ContextualLayer):
     def _split(self, weight: Tensor) -> list[Tensor]:
         return [weight[:, : self.dim], weight[:, self.dim :]]
 
+    def _merge(self, of_input: Tensor, of_static: Tensor) -> Tensor:
+        return torch.cat((of_input, of_static), dim=1)
+
     def _apply_local(self, value: Tensor, weight: Tensor) -> Tensor:
-        taps = self.kernel_size * self.kernel_size
-        return self.local_conv(value, weight.unflatten(1, (1, self.dim // 8, taps)))
+        return self.local_conv(value, self._per_tap(weight))
 
 
 class CoXtLayer(_ContextualLayer):
@@ -502,6 +529,9 @@ class CoXtLayer(_ContextualLayer):
     def _split(self, weight: Tensor) -> list[Tensor]:
         return [weight[:, 0::2], weight[:, 1::2]]
 
+    def _merge(self, of_input: Tensor, of_static: Tensor) -> Tensor:
+        return torch.stack((of_input, of_static), dim=2).flatten(1, 2)
+
     def _apply_local(self, value: Tensor, weight: Tensor) -> Tensor:
         n, c, h, w = value.shape
         # As in the original: the two halves are two images, each with the weights of its own.
@@ -509,8 +539,11 @@ class CoXtLayer(_ContextualLayer):
         weight = weight.reshape(2 * n, 1, c // 16, self.kernel_size * self.kernel_size, h, w)
         return self.local_conv(value, weight).reshape(n, c, h, w)
 
-    def _apply_fused(self, value: Tensor, weight: Tensor, norm: nn.GroupNorm) -> Tensor:
-        return _swap_blocks(super()._apply_fused(_swap_blocks(value, 2, 8), weight, norm), 8, 2)
+    def _to_shared(self, value: Tensor) -> Tensor:
+        return _swap_blocks(value, 2, 8)
+
+    def _from_shared(self, aggregated: Tensor) -> Tensor:
+        return _swap_blocks(aggregated, 8, 2)
 
 
 def _mean_of_sum(dynamic: Tensor, static: Tensor) -> Tensor:

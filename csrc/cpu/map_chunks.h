@@ -158,14 +158,14 @@ struct MapCut {
 };
 
 template <class acc>
-MapCut cut_map(const MapProblem& p) {
+MapCut cut_map(const MapProblem& p, int64_t elements = kChunkElements) {
   MapCut cut;
   cut.channels_last = p.channels_last;
   cut.units = p.channels_last ? p.batch : p.batch * p.channels;
   cut.vectors = p.channels_last ? channel_vectors<acc>(p.channels) : 1;
   cut.pitch = p.channels_last ? p.channels : 1;
   cut.plane = p.plane;
-  const int64_t most = std::max<int64_t>(kChunkElements / std::max<int64_t>(cut.pitch, 1), kChunkPixels);
+  const int64_t most = std::max<int64_t>(elements / std::max<int64_t>(cut.pitch, 1), kChunkPixels);
   const int64_t pixels = ceil_div(p.plane, std::max<int64_t>(ceil_div(p.plane, most), 1));
   cut.pixels = std::max<int64_t>(ceil_div(pixels, kLanes<acc>), 1) * kLanes<acc>;
   cut.chunks = std::max<int64_t>(ceil_div(p.plane, cut.pixels), 1);

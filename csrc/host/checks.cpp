@@ -168,6 +168,19 @@ void check_fusion_logits(const Tensor& dynamic, const Tensor& logits, const MapP
   check_shape("logits", logits, {p.batch, p.channels, 2});
 }
 
+ScalarType acc_dtype(const Tensor& map) {
+  return map.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor channel_table(const char* name, const Tensor& table, const Tensor& map, const Sizes& expected) {
+  STD_TORCH_CHECK(table.scalar_type() == acc_dtype(map), name, " must be ",
+                  acc_dtype(map) == ScalarType::Double ? "float64" : "float32");
+  STD_TORCH_CHECK(table.is_cuda() == map.is_cuda() && table.get_device_index() == map.get_device_index(), name,
+                  " must be on the device of the maps");
+  check_shape(name, table, expected);
+  return torch::stable::contiguous(table);
+}
+
 void check_alike(const std::vector<std::pair<const char*, const Tensor*>>& tensors) {
   const auto& [first_name, first] = tensors.front();
   const ScalarType dtype = first->scalar_type();
@@ -216,6 +229,10 @@ Tensor weight_in_layout(const Tensor& weight, const AggregationProblem& p) {
 Tensor empty_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last) {
   return torch::stable::empty({n, c, h, w}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+Tensor empty_like_map(const Tensor& map, const MapProblem& p) {
+  return empty_map(map, p.batch, p.channels, map.size(2), map.size(3), p.channels_last);
 }
 
 Tensor empty_output(const Tensor& like, const AggregationProblem& p) {

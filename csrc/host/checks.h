@@ -40,6 +40,10 @@ MapProblem map_problem(const char* op, const std::vector<std::pair<const char*, 
 // The logits [N, C, 2] of context_fusion.
 void check_fusion_logits(const Tensor& dynamic, const Tensor& logits, const MapProblem& problem);
 
+// Numbers of channels that go with maps: of the type that sums have, on their device. Contiguous in what is returned.
+ScalarType acc_dtype(const Tensor& map);
+Tensor channel_table(const char* name, const Tensor& table, const Tensor& map, const Sizes& expected);
+
 // All tensors share dtype and device with the first.
 void check_alike(const std::vector<std::pair<const char*, const Tensor*>>& tensors);
 void check_shape(const char* name, const Tensor& tensor, const Sizes& expected);
@@ -53,6 +57,7 @@ Tensor map_in_layout(const Tensor& map, bool channels_last);
 Tensor weight_in_layout(const Tensor& weight, const AggregationProblem& problem);
 
 Tensor empty_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last);
+Tensor empty_like_map(const Tensor& map, const MapProblem& problem);
 Tensor empty_output(const Tensor& like, const AggregationProblem& problem);
 Tensor empty_grad_input(const Tensor& like, const AggregationProblem& problem);
 Tensor empty_grad_weight(const Tensor& like, const AggregationProblem& problem);

@@ -1,0 +1,138 @@
+"""Whether a contextual layer may take its fused path, and if not, why."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ._batch_norm import uses_batch
+from ._plain import why_not_plain
+
+_log = logging.getLogger("cotnet_ext")
+
+
+def is_fusable(layer: nn.Module, input: Tensor) -> bool:
+    """Whether a training step of `layer` may be one function.
+
+    Where a gradient is recorded and it may not, the logger `cotnet_ext` says why at level DEBUG.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    reason = why_not_fusable(layer, input)
+    if reason and _log.isEnabledFor(logging.DEBUG):
+        _log.debug("%s takes the composed path: %s", type(layer).__name__, reason)
+    return reason is None
+
+
+def why_not_fusable(layer: nn.Module, input: Tensor) -> str | None:
+    """Why a training step of `layer` must be composed of its modules; None if it need not."""
+    return (
+        _why_not_now(input)
+        or _why_not_built(layer)
+        or _why_not_sized(layer)
+        or _why_not_typed(layer, input)
+        or _why_not_counted(layer, input)
+    )
+
+
+def _why_not_now(input: Tensor) -> str | None:
+    if torch.compiler.is_compiling():
+        return "it is compiled or exported"
+    if not torch.is_grad_enabled():
+        return "no gradient is recorded"
+    if torch._C._are_functorch_transforms_active():
+        return "it runs under torch.func"
+    if forward_ad._current_level >= 0:
+        return "it runs in forward mode"
+    if type(input) not in (Tensor, nn.Parameter):
+        return f"its input is a {type(input).__name__}"
+    if input.device.type not in ("cpu", "cuda"):
+        return f"its input is on {input.device}"
+    return None
+
+
+def _why_not_built(layer: nn.Module) -> str | None:
+    """Which submodule is not as the constructor made it."""
+    for name, kinds in layer._parts.items():
+        module = getattr(layer, name)
+        if not isinstance(kinds, tuple):
+            reason = why_not_plain(module, kinds)
+            if reason:
+                return f"{name} {reason}"
+            continue
+        reason = why_not_plain(module, nn.Sequential)
+        if reason is None and len(module) != len(kinds):
+            reason = f"has {len(module)} modules, not {len(kinds)}"
+        if reason:
+            return f"{name} {reason}"
+        for i, (part, kind) in enumerate(zip(module, kinds, strict=True)):
+            reason = why_not_plain(part, kind)
+            if reason:
+                return f"{name}.{i} {reason}"
+    return None
+
+
+def _why_not_sized(layer: nn.Module) -> str | None:
+    """Which convolution, window or GroupNorm is not of the layer's sizes."""
+    dim, k, groups = layer.dim, layer.kernel_size, layer._groups
+    hidden = layer.se[0].out_channels
+    convolutions = {
+        "key_embed.0": (layer.key_embed[0], k, layer._key_groups, dim, dim, False),
+        "embed.0": (layer.embed[0], 1, groups, 2 * dim, dim // 2, False),
+        "embed.3": (layer.embed[3], 1, groups, dim // 2, k * k * dim // 8, True),
+        "conv1x1.0": (layer.conv1x1[0], 1, groups, dim, dim, False),
+        "se.0": (layer.se[0], 1, 1, dim, hidden, True),
+        "se.3": (layer.se[3], 1, 1, hidden, 2 * dim, True),
+    }
+    for name, (conv, kernel, groups, inputs, outputs, may_have_bias) in convolutions.items():
+        built = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
+        asked = ((kernel, kernel), (1, 1), (kernel // 2, kernel // 2), (1, 1), "zeros")
+        sizes = (conv.groups, conv.in_channels, conv.out_channels)
+        if built != asked or sizes != (groups, inputs, outputs):
+            return f"{name} has another window or other channels"
+        if conv.bias is not None and not may_have_bias:
+            return f"{name} has a bias"
+    if layer.embed[4].num_groups != dim // 8:
+        return f"embed.4 has {layer.embed[4].num_groups} groups, not {dim // 8}"
+    local = layer.local_conv
+    if local.window != {
+        "kernel_size": k, "stride": 1, "padding": k // 2, "dilation": 1, "padding_mode": "zeros"
+    }:  # fmt: skip
+        return "local_conv has another window"
+    return None
+
+
+def _why_not_typed(layer: nn.Module, input: Tensor) -> str | None:
+    if input.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        return f"its input is {input.dtype}"
+    kind = input.device.type
+    casts = torch.is_autocast_enabled(kind) and input.dtype != torch.float64
+    found = input.requires_grad
+    for name, tensor in layer.named_parameters():
+        found = found or tensor.requires_grad
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return f"{name} is a {type(tensor).__name__}"
+        if tensor.device != input.device:
+            return f"{name} is on {tensor.device}"
+        if tensor.dtype == input.dtype or casts:
+            continue
+        if tensor.dtype != torch.float32 or not _is_of_batch_norm(layer, name):
+            return f"{name} is {tensor.dtype}"
+    return None if found else "nothing in it needs a gradient"
+
+
+def _is_of_batch_norm(layer: nn.Module, name: str) -> bool:
+    return isinstance(layer.get_submodule(name.rpartition(".")[0]), nn.BatchNorm2d)
+
+
+def _why_not_counted(layer: nn.Module, input: Tensor) -> str | None:
+    if input.numel() == 0:
+        return "its input is empty"
+    n, _, h, w = input.shape
+    norms = (layer.key_embed[1], layer.embed[1], layer.conv1x1[1], layer.bn)
+    if uses_batch(layer.se[1]) and n == 1 or n * h * w == 1 and any(map(uses_batch, norms)):
+        return "a BatchNorm has one value for each channel"
+    return None

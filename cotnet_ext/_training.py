@@ -1,0 +1,399 @@
+"""A training step of a contextual layer (`CotLayer`, `CoXtLayer`) as one differentiable function.
+
+With `B` for BatchNorm and `A` for the aggregation with GroupNorm, the layer is
+
+    k = relu(B(key * x))             h = relu(B(join * (x, k)))       w = expand * h
+    y0 = A(B(value * x), w)          s = silu(B(y0))
+    y = p0*s + p1*k,    (p0, p1) = softmax(se(mean(s + k)))
+
+Saved for the backward are x, w and what the convolutions left before their norms: the norms, ReLUs
+and SiLU of it are computed again where they are needed, most of them in registers. A layer of C
+channels so keeps 5.6 maps of C channels, where the modules one by one keep 14.
+
+`p0` and `p1` are constant over a map, and so is what comes back through the pooling. One pass over
+the gradient therefore gives all sums that the selection and the norm before SiLU need
+(`batch_norm_fusion_sums`), and a second one both gradients.
+
+What this cannot honour takes the composed layer: see `_fusable`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from . import _ops
+from ._batch_norm import Norm, norm_of, update_running, uses_batch
+from ._products import Products
+
+
+class Parameters(NamedTuple):
+    """What a layer learns, in the order of its `state_dict`; None where a norm has none."""
+
+    key: Tensor
+    key_weight: Tensor | None
+    key_bias: Tensor | None
+    join: Tensor
+    hidden_weight: Tensor | None
+    hidden_bias: Tensor | None
+    expand: Tensor
+    expand_bias: Tensor | None
+    group_weight: Tensor | None
+    group_bias: Tensor | None
+    value: Tensor
+    value_weight: Tensor | None
+    value_bias: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    squeeze: Tensor
+    squeeze_bias: Tensor | None
+    select_weight: Tensor | None
+    select_bias: Tensor | None
+    excite: Tensor
+    excite_bias: Tensor | None
+
+
+SELECTION = slice(Parameters._fields.index("squeeze"), None)  # the parameters of `se`
+
+
+def parameters_of(layer: nn.Module) -> Parameters:
+    key, key_norm, _ = layer.key_embed
+    join, hidden_norm, _, expand, group_norm = layer.embed
+    value, value_norm = layer.conv1x1
+    squeeze, select_norm, _, excite = layer.se
+    return Parameters(
+        key.weight, key_norm.weight, key_norm.bias,
+        join.weight, hidden_norm.weight, hidden_norm.bias,
+        expand.weight, expand.bias, group_norm.weight, group_norm.bias,
+        value.weight, value_norm.weight, value_norm.bias,
+        layer.bn.weight, layer.bn.bias,
+        squeeze.weight, squeeze.bias, select_norm.weight, select_norm.bias,
+        excite.weight, excite.bias,
+    )  # fmt: skip
+
+
+def fused_layer(layer: nn.Module, input: Tensor) -> Tensor:
+    """`layer(input)` in training, for a layer and an input that `_fusable` lets pass."""
+    dtype = input.dtype
+    kind = input.device.type
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        return _Layer.apply(layer, dtype, input, *parameters_of(layer))
+
+
+# ---- selection -----------------------------------------------------------------------------------
+
+
+class _Selection:
+    """`softmax(se(pooled))` on `[N, C]` with a backward of its own: PyTorch records it, on tensors
+    that nobody else sees."""
+
+    def __init__(self, se: nn.Sequential, pooled: Tensor, parameters: tuple) -> None:
+        wide = pooled.dtype
+        with torch.enable_grad():
+            self._inputs = [
+                None if t is None else t.detach().to(wide).requires_grad_()
+                for t in (pooled, *parameters)
+            ]
+            x, squeeze, squeeze_bias, weight, bias, excite, excite_bias = self._inputs
+            hidden = F.linear(x, squeeze.flatten(1), squeeze_bias)
+            hidden = self._norm(se[1], hidden, weight, bias).relu()
+            logits = F.linear(hidden, excite.flatten(1), excite_bias)
+            self._attention = logits.unflatten(1, (-1, 2)).softmax(2).transpose(1, 2)
+        self.attention = self._attention.detach().contiguous()  # [N, 2, C]
+
+    @staticmethod
+    def _norm(module: nn.BatchNorm2d, x: Tensor, weight, bias) -> Tensor:
+        if not uses_batch(module):
+            mean, variance = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)
+            return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, module.eps)
+        with torch.no_grad():
+            variance, mean = torch.var_mean(x, 0, correction=0)
+            update_running(module, mean, variance, x.shape[0])
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, module.eps)
+
+    def backward(self, grad_attention: Tensor, needed: tuple[bool, ...]) -> list[Tensor | None]:
+        """Gradients of pooled, and of the parameters where they are needed."""
+        wanted = [
+            i for i, t in enumerate(self._inputs) if t is not None and (i == 0 or needed[i - 1])
+        ]
+        grads = torch.autograd.grad(
+            self._attention,
+            [self._inputs[i] for i in wanted],
+            grad_attention,
+            retain_graph=True,
+        )
+        results: list[Tensor | None] = [None] * len(self._inputs)
+        for i, grad in zip(wanted, grads, strict=True):
+            results[i] = grad
+        return results
+
+
+# ---- the layer -----------------------------------------------------------------------------------
+
+
+class _Composed(nn.Module):
+    """The layer with the composed forward, for derivatives of the backward."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.layer._compose(input)
+
+
+def _layout(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _is_small(x: Tensor) -> bool:
+    """Whether products over the pixels of all images together pay for copies to channels_last."""
+    return x.device.type == "cpu" and x.shape[2] * x.shape[3] < 128
+
+
+class _Layer(Function):
+    """Arguments: the layer, the dtype to compute in, its input and its parameters."""
+
+    @staticmethod
+    def forward(ctx, layer, dtype, input, *parameters):
+        ctx.layer, ctx.dtype = layer, dtype
+        outside = input.stride(1) == 1 and input.shape[1] > 1 and not input.is_contiguous()
+        inside = outside or _is_small(input)
+        ctx.outside, ctx.inside = outside, inside
+        p = Parameters(*parameters)
+        x = input.to(dtype, memory_format=_layout(inside))
+        steps = _Forward(layer, p, dtype, inside)
+        static0, key_norm = steps.key(x)
+        hidden0, hidden_norm, value0, value_norm = steps.hidden_and_value(x, static0, key_norm)
+        weight = steps.weights(hidden0, hidden_norm)
+        dynamic0, statistics = steps.aggregate(value0, value_norm, weight)
+        norm = norm_of(layer.bn, dynamic0, p.weight, p.bias)
+        norms = torch.cat([norm.table, key_norm.table])
+        pixels = x.shape[2] * x.shape[3]
+        pooled = _ops.batch_norm_fusion_pool(dynamic0, static0, norms) / pixels
+        ctx.selection = _Selection(layer.se, pooled, parameters[SELECTION])
+        result = _ops.batch_norm_fusion(dynamic0, static0, norms, ctx.selection.attention)
+        ctx.norms = (key_norm, hidden_norm, value_norm, norm)
+        ctx.save_for_backward(
+            input, *parameters, static0, hidden0, value0, weight, dynamic0, *statistics
+        )
+        return result.contiguous(memory_format=_layout(outside))
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            return _composed_gradients(ctx, grad)
+        with torch.autocast(grad.device.type, enabled=False):
+            return None, None, *_Backward(ctx, grad).gradients()
+
+
+def _composed_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients as functions that can be differentiated again."""
+    count = 1 + len(Parameters._fields)
+    input, *parameters = ctx.saved_tensors[:count]
+    named = {id(t): name for name, t in _Composed(ctx.layer).named_parameters()}
+    current = parameters_of(ctx.layer)
+    state = {
+        named[id(now)]: then
+        for now, then in zip(current, parameters, strict=True)
+        if then is not None and id(now) in named
+    }
+    state |= {name: b.clone() for name, b in _Composed(ctx.layer).named_buffers()}
+    kind = input.device.type
+    with (
+        torch.enable_grad(),
+        torch.autocast(
+            kind,
+            dtype=None if ctx.dtype == input.dtype else ctx.dtype,
+            enabled=ctx.dtype != input.dtype,
+        ),
+    ):
+        output = torch.func.functional_call(_Composed(ctx.layer), state, (input,))
+    needed = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]
+    inputs = [input, *parameters]
+    grads = torch.autograd.grad(
+        output, [inputs[i] for i in needed], grad, create_graph=True, allow_unused=True
+    )
+    results: list[Tensor | None] = [None] * count
+    for i, g in zip(needed, grads, strict=True):
+        results[i] = g
+    return None, None, *results
+
+
+class _Forward:
+    """The steps from the input to what the aggregation leaves."""
+
+    def __init__(self, layer: nn.Module, p: Parameters, dtype: torch.dtype, inside: bool) -> None:
+        self.layer, self.p, self.dtype = layer, p, dtype
+        self.products = Products(layer._groups, inside)
+        self.layout = _layout(inside)
+
+    def key(self, x: Tensor) -> tuple[Tensor, Norm]:
+        conv, norm, _ = self.layer.key_embed
+        static0 = F.conv2d(
+            x, self.p.key.to(self.dtype), None, 1, conv.padding, 1, conv.groups
+        ).contiguous(memory_format=self.layout)
+        return static0, norm_of(norm, static0, self.p.key_weight, self.p.key_bias)
+
+    def hidden_and_value(self, x: Tensor, static0: Tensor, key_norm: Norm):
+        p, layer = self.p, self.layer
+        static = _ops.batch_norm(static0, key_norm.table, True)
+        columns = layer._split(p.join.flatten(1).to(self.dtype))
+        hidden0 = self.products.forward([x, static], columns)
+        del static
+        hidden_norm = norm_of(layer.embed[1], hidden0, p.hidden_weight, p.hidden_bias)
+        value0 = self.products.forward([x], [p.value.flatten(1).to(self.dtype)])
+        value_norm = norm_of(layer.conv1x1[1], value0, p.value_weight, p.value_bias)
+        return hidden0, hidden_norm, value0, value_norm
+
+    def weights(self, hidden0: Tensor, hidden_norm: Norm) -> Tensor:
+        p = self.p
+        hidden = _ops.batch_norm(hidden0, hidden_norm.table, True)
+        bias = None if p.expand_bias is None else p.expand_bias.to(self.dtype)
+        return self.products.forward([hidden], [p.expand.flatten(1).to(self.dtype)], bias)
+
+    def aggregate(self, value0: Tensor, value_norm: Norm, weight: Tensor):
+        layer = self.layer
+        value = layer._to_shared(_ops.batch_norm(value0, value_norm.table, False))
+        affine = _cast(self.p.group_weight, self.dtype), _cast(self.p.group_bias, self.dtype)
+        aggregated, *statistics = _ops.group_norm_aggregation(
+            value, layer._per_tap(weight), *affine, layer.embed[4].eps, *layer.local_conv.pairs
+        )
+        return layer._from_shared(aggregated), statistics
+
+
+def _cast(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if parameter is None else parameter.to(dtype)
+
+
+class _Backward:
+    """The steps back; what is not needed any more is let go at once."""
+
+    def __init__(self, ctx, grad: Tensor) -> None:
+        self.layer, self.dtype = ctx.layer, ctx.dtype
+        self.inside, self.outside = ctx.inside, ctx.outside
+        self.products = Products(ctx.layer._groups, ctx.inside)
+        self.layout = _layout(ctx.inside)
+        self.key_norm, self.hidden_norm, self.value_norm, self.norm = ctx.norms
+        self.selection = ctx.selection
+        count = len(Parameters._fields)
+        input, *saved = ctx.saved_tensors
+        self.input_dtype = input.dtype
+        self.x = input.to(self.dtype, memory_format=self.layout)
+        self.p = Parameters(*saved[:count])
+        self.static0, self.hidden0, self.value0, self.weight, self.dynamic0, *self.statistics = (
+            saved[count:]
+        )
+        self.grad = grad.contiguous(memory_format=self.layout)
+        self.needs_input = ctx.needs_input_grad[2]
+        self.needs = Parameters(*ctx.needs_input_grad[3:])
+        self.found: dict[str, Tensor | None] = {}
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        grad_dynamic, grad_static = self._fusion()
+        grad_value, grad_weight = self._aggregation(grad_dynamic)
+        del grad_dynamic
+        grad_hidden0 = self._weights(grad_weight)
+        del grad_weight
+        grad_value0 = self._norm("value", self.value0, self.value_norm, grad_value, False)
+        del grad_value
+        grad_static, columns = self._hidden(grad_hidden0, grad_static)
+        grad_static0 = self._norm("key", self.static0, self.key_norm, grad_static, True)
+        del grad_static
+        self._products_of_input(grad_hidden0, grad_value0, columns[1])
+        grad_input = self._key(grad_static0)
+        if self.needs_input:
+            rows = [columns[0], self.p.value.flatten(1).to(self.dtype)]
+            grad_input = self.products.grad_map([grad_hidden0, grad_value0], rows, grad_input)
+            grad_input = grad_input.to(self.input_dtype, memory_format=_layout(self.outside))
+        return grad_input, *(self._typed(name) for name in Parameters._fields)
+
+    def _typed(self, name: str) -> Tensor | None:
+        grad, parameter = self.found.get(name), getattr(self.p, name)
+        if grad is None or not getattr(self.needs, name):
+            return None
+        return grad.to(parameter.dtype).view(parameter.shape)
+
+    def _fusion(self) -> tuple[Tensor, Tensor]:
+        """Gradients of the dynamic context before its norm, and of the static one after it."""
+        norms = torch.cat([self.norm.table, self.key_norm.table])
+        sums = _ops.batch_norm_fusion_sums(self.grad, self.dynamic0, self.static0, norms)
+        found = self.selection.backward(sums[:, :2], self.needs[-6:])
+        self.found.update(zip(Parameters._fields[-6:], found[1:], strict=True))
+        attention = self.selection.attention
+        pooled = found[0] / (self.x.shape[2] * self.x.shape[3])
+        of_norm = torch.stack([
+            attention[:, 0] * sums[:, 2] + pooled * sums[:, 3],
+            attention[:, 0] * sums[:, 4] + pooled * sums[:, 5],
+        ]).sum(1)  # fmt: skip
+        table, self.found["weight"], self.found["bias"] = self.norm.backward(of_norm)
+        attention = torch.cat([attention, pooled[:, None]], dim=1)
+        grads = _ops.batch_norm_fusion_backward(self.grad, self.dynamic0, table, attention)
+        del self.grad, self.dynamic0
+        return grads
+
+    def _aggregation(self, grad_dynamic: Tensor) -> tuple[Tensor, Tensor]:
+        layer, p = self.layer, self.p
+        value = layer._to_shared(_ops.batch_norm(self.value0, self.value_norm.table, False))
+        mask = (True, True, self.needs.group_weight, self.needs.group_bias)
+        grad_value, grad_weight, *of_norm = _ops.group_norm_aggregation_backward(
+            layer._to_shared(grad_dynamic), value, layer._per_tap(self.weight), *self.statistics,
+            _cast(p.group_weight, self.dtype), _cast(p.group_bias, self.dtype),
+            *layer.local_conv.pairs, mask, layer.embed[4].eps,
+        )  # fmt: skip
+        del self.weight
+        self.found["group_weight"], self.found["group_bias"] = of_norm
+        return layer._from_shared(grad_value), grad_weight.flatten(1, 3)
+
+    def _weights(self, grad_weight: Tensor) -> Tensor:
+        """Through the second convolution of `embed` and the norm before it."""
+        if self.needs.expand:
+            hidden = _ops.batch_norm(self.hidden0, self.hidden_norm.table, True)
+            self.found["expand"] = self.products.grad_weight(grad_weight, hidden)
+            del hidden
+        if self.needs.expand_bias:
+            self.found["expand_bias"] = grad_weight.sum((0, 2, 3))
+        rows = [self.p.expand.flatten(1).to(self.dtype)]
+        grad_hidden = self.products.grad_map([grad_weight], rows)
+        return self._norm("hidden", self.hidden0, self.hidden_norm, grad_hidden, True)
+
+    def _norm(self, name: str, x: Tensor, norm: Norm, grad: Tensor, relu: bool) -> Tensor:
+        sums = _ops.batch_norm_sums(grad, x, norm.table, relu).sum(0)
+        table, self.found[f"{name}_weight"], self.found[f"{name}_bias"] = norm.backward(sums)
+        return _ops.batch_norm_backward(grad, x, table, relu)
+
+    def _hidden(self, grad_hidden0: Tensor, grad_static: Tensor):
+        """The gradient of the static context through `join` is added to the one from the end."""
+        columns = self.layer._split(self.p.join.flatten(1).to(self.dtype))
+        self.products.grad_map([grad_hidden0], [columns[1]], grad_static)
+        grad_columns = None
+        if self.needs.join:
+            static = _ops.batch_norm(self.static0, self.key_norm.table, True)
+            grad_columns = self.products.grad_weight(grad_hidden0, static)
+        return grad_static, (columns[0], grad_columns)
+
+    def _products_of_input(self, grad_hidden0, grad_value0, of_static) -> None:
+        if self.needs.join:
+            of_input = self.products.grad_weight(grad_hidden0, self.x)
+            self.found["join"] = self.layer._merge(of_input, of_static)
+        if self.needs.value:
+            self.found["value"] = self.products.grad_weight(grad_value0, self.x)
+
+    def _key(self, grad_static0: Tensor) -> Tensor | None:
+        conv = self.layer.key_embed[0]
+        needs = [self.needs_input, self.needs.key, False]
+        if not any(needs):
+            return None
+        grad_input, self.found["key"], _ = torch.ops.aten.convolution_backward(
+            grad_static0, self.x, self.p.key.to(self.dtype), None,
+            [1, 1], conv.padding, [1, 1], False, [0, 0], conv.groups, needs,
+        )  # fmt: skip
+        if grad_input is None:
+            return None
+        return grad_input.contiguous(memory_format=self.layout)

@@ -1,0 +1,240 @@
+// Loops of BatchNorm with what follows it. A norm is three numbers a channel, m, a and b:
+//     z = (x - m)*a + b        y = z or max(z, 0)
+//     grad_x = a*(grad_z - c - (x - m)*d)
+// where c and d are 0 for given statistics; for those of the batch, c is the mean of grad_z and d the mean of
+// grad_z*(x - m), times 1/(variance + eps). Included once per target namespace by foreach_target.h.
+#include "cpu/map_sweep.h"
+
+// NaN stays NaN.
+template <class V>
+COTNET_INLINE V rectified(V z) {
+  return z < 0 ? V{} : z;
+}
+
+template <class scalar_t, bool kRelu>
+struct NormForward {
+  using acc = acc_t<scalar_t>;
+  static constexpr int kCoefficients = 3, kImageCoefficients = 0, kSums = 0;
+  const scalar_t* x;
+  scalar_t* y;
+
+  template <class Vector>
+  COTNET_INLINE void operator()(const Vector& vector, int64_t at, const Vec<acc>* norm, Vec<acc>*) const {
+    prefetch_ahead(y + at);
+    const Vec<acc> z = (vector.read(x + at) - norm[0]) * norm[1] + norm[2];
+    vector.write(y + at, kRelu ? rectified(z) : z);
+  }
+};
+
+// grad_z at an element.
+template <bool kRelu, class V>
+COTNET_INLINE V grad_before_relu(V g, V centred, const V* norm) {
+  if constexpr (!kRelu) return g;
+  return centred * norm[1] + norm[2] <= 0 ? V{} : g;
+}
+
+// Sums of grad_z, and of grad_z*(x - m).
+template <class scalar_t, bool kRelu>
+struct NormSums {
+  using acc = acc_t<scalar_t>;
+  static constexpr int kCoefficients = 3, kImageCoefficients = 0, kSums = 2;
+  const scalar_t* grad_y;
+  const scalar_t* x;
+
+  template <class Vector>
+  COTNET_INLINE void operator()(const Vector& vector, int64_t at, const Vec<acc>* norm, Vec<acc>* sums) const {
+    const Vec<acc> centred = vector.read(x + at) - norm[0];
+    const Vec<acc> grad_z = vector.fresh(grad_before_relu<kRelu>(vector.read(grad_y + at), centred, norm));
+    sums[0] += grad_z;
+    sums[1] += vector.fresh(grad_z * centred);
+  }
+};
+
+template <class scalar_t, bool kRelu>
+struct NormBackward {
+  using acc = acc_t<scalar_t>;
+  static constexpr int kCoefficients = 5, kImageCoefficients = 0, kSums = 0;  // m, a, b, c, d
+  const scalar_t* grad_y;
+  const scalar_t* x;
+  scalar_t* grad_x;
+
+  template <class Vector>
+  COTNET_INLINE void operator()(const Vector& vector, int64_t at, const Vec<acc>* norm, Vec<acc>*) const {
+    prefetch_ahead(grad_x + at);
+    const Vec<acc> centred = vector.read(x + at) - norm[0];
+    const Vec<acc> grad_z = grad_before_relu<kRelu>(vector.read(grad_y + at), centred, norm);
+    vector.write(grad_x + at, norm[1] * (grad_z - norm[3] - centred * norm[4]));
+  }
+};
+
+template <class scalar_t, class Parallel>
+void norm_forward(const MapProblem& p, const scalar_t* x, const acc_t<scalar_t>* norm, bool relu, scalar_t* y,
+                  const Parallel& parallel) {
+  const SweepTables<acc_t<scalar_t>> tables{norm, nullptr};
+  acc_t<scalar_t>* const none = nullptr;
+  if (relu)
+    sweep(p, tables, NormForward<scalar_t, true>{x, y}, none, parallel);
+  else
+    sweep(p, tables, NormForward<scalar_t, false>{x, y}, none, parallel);
+}
+
+// sums [N, 2, C].
+template <class scalar_t, class Parallel>
+void norm_sums(const MapProblem& p, const scalar_t* grad_y, const scalar_t* x, const acc_t<scalar_t>* norm, bool relu,
+               acc_t<scalar_t>* sums, const Parallel& parallel) {
+  const SweepTables<acc_t<scalar_t>> tables{norm, nullptr};
+  if (relu)
+    sweep(p, tables, NormSums<scalar_t, true>{grad_y, x}, sums, parallel);
+  else
+    sweep(p, tables, NormSums<scalar_t, false>{grad_y, x}, sums, parallel);
+}
+
+template <class scalar_t, class Parallel>
+void norm_backward(const MapProblem& p, const scalar_t* grad_y, const scalar_t* x, const acc_t<scalar_t>* norm, bool relu,
+                   scalar_t* grad_x, const Parallel& parallel) {
+  const SweepTables<acc_t<scalar_t>> tables{norm, nullptr};
+  acc_t<scalar_t>* const none = nullptr;
+  if (relu)
+    sweep(p, tables, NormBackward<scalar_t, true>{grad_y, x, grad_x}, none, parallel);
+  else
+    sweep(p, tables, NormBackward<scalar_t, false>{grad_y, x, grad_x}, none, parallel);
+}
+
+// ---- statistics ------------------------------------------------------------------------------------------------------
+
+// A chunk is read twice, the second time from the cache: first for its mean, then for its squares around that mean.
+template <class scalar_t>
+struct ChunkSum {
+  using acc = acc_t<scalar_t>;
+  static constexpr int kCoefficients = 0, kImageCoefficients = 0, kSums = 1;
+  const scalar_t* x;
+
+  template <class Vector>
+  COTNET_INLINE void operator()(const Vector& vector, int64_t at, const Vec<acc>*, Vec<acc>* sum) const {
+    *sum += vector.fresh(vector.read(x + at));
+  }
+};
+template <class scalar_t>
+struct ChunkSquares {
+  using acc = acc_t<scalar_t>;
+  const scalar_t* x;
+
+  template <class Vector>
+  COTNET_INLINE void operator()(const Vector& vector, int64_t at, Vec<acc> mean, Vec<acc>& squares) const {
+    const Vec<acc> centred = vector.fresh(vector.read(x + at) - mean);
+    squares += centred * centred;
+  }
+};
+
+// The bodies of for_plane and for_pixels for both.
+template <class scalar_t>
+struct PlaneStatistics {
+  using acc = acc_t<scalar_t>;
+  const scalar_t* x;
+  Vec<acc> mean, sum;
+  bool squares;
+
+  template <class Vector>
+  COTNET_INLINE void operator()(const Vector& vector, int64_t at, int64_t) {
+    if (squares)
+      ChunkSquares<scalar_t>{x}(vector, at, mean, sum);
+    else
+      ChunkSum<scalar_t>{x}(vector, at, nullptr, &sum);
+  }
+};
+template <class scalar_t>
+struct ImageStatistics {
+  using acc = acc_t<scalar_t>;
+  const scalar_t* x;
+  const Vec<acc>* means;  // null in the first turn
+  Vec<acc>* sums;
+
+  template <class Vector>
+  COTNET_INLINE void operator()(const Vector& vector, int64_t k, int64_t at) {
+    if (means)
+      ChunkSquares<scalar_t>{x}(vector, at, means[k], sums[k]);
+    else
+      ChunkSum<scalar_t>{x}(vector, at, nullptr, sums + k);
+  }
+};
+
+// The mean of a chunk, and the sum of the squares around it, [2, pitch].
+template <class scalar_t>
+void chunk_statistics(const MapCut& cut, const scalar_t* x, int64_t begin, int64_t end, Vec<acc_t<scalar_t>>* memory,
+                      acc_t<scalar_t>* partial) {
+  using acc = acc_t<scalar_t>;
+  const acc count = acc(std::max<int64_t>((end - begin) / cut.pitch, 1));
+  if (!cut.channels_last) {
+    PlaneStatistics<scalar_t> body{x, {}, {}, false};
+    for_plane<acc>(begin, end, body);
+    body.mean = sum_everywhere<acc>(body.sum) / count;
+    body.sum = Vec<acc>{};
+    body.squares = true;
+    for_plane<acc>(begin, end, body);
+    partial[0] = body.mean[0];
+    partial[1] = sum_everywhere<acc>(body.sum)[0];
+    return;
+  }
+  Vec<acc>* const means = memory;
+  Vec<acc>* const squares = memory + cut.vectors;
+  for (int64_t k = 0; k < 2 * cut.vectors; ++k) memory[k] = Vec<acc>{};
+  ImageStatistics<scalar_t> first{x, nullptr, means};
+  for_pixels<acc>(cut.pitch, begin, end, first);
+  for (int64_t k = 0; k < cut.vectors; ++k) means[k] = means[k] / count;
+  ImageStatistics<scalar_t> second{x, means, squares};
+  for_pixels<acc>(cut.pitch, begin, end, second);
+  for (int64_t k = 0; k < cut.vectors; ++k) {
+    const int64_t c = first_channel<acc>(cut.pitch, k);
+    store_upto(partial + c, means[k], cut.pitch);
+    store_upto(partial + cut.pitch + c, squares[k], cut.pitch);
+  }
+}
+
+template <class scalar_t>
+void statistics_of_chunks(const MapCut& cut, const scalar_t* x, acc_t<scalar_t>* partial, int64_t first, int64_t last) {
+  using acc = acc_t<scalar_t>;
+  const Scratch memory(cut.channels_last ? size_t(2 * cut.vectors) * sizeof(Vec<acc>) : 0);
+  for (int64_t t = first; t < last; ++t) {
+    const int64_t unit = t / cut.chunks, chunk = t % cut.chunks;
+    chunk_statistics(cut, x, cut.begin(unit, chunk), cut.end(unit, chunk), memory.as<Vec<acc>>(), partial + 2 * t * cut.pitch);
+  }
+}
+
+// Adds a part to (count, mean, squares around the mean), as in Chan, Golub and LeVeque, 1983.
+struct Moments {
+  double count = 0, mean = 0, squares = 0;
+
+  void add(double part_count, double part_mean, double part_squares) {
+    if (part_count == 0) return;
+    const double total = count + part_count, apart = part_mean - mean;
+    mean += apart * (part_count / total);
+    squares += part_squares + apart * apart * (count * (part_count / total));
+    count = total;
+  }
+};
+
+// Mean and variance [C] (the biased one) over images and pixels, merged in order.
+template <class scalar_t, class Parallel>
+void norm_statistics(const MapProblem& p, const scalar_t* x, acc_t<scalar_t>* mean, acc_t<scalar_t>* variance,
+                     const Parallel& parallel) {
+  using acc = acc_t<scalar_t>;
+  const MapCut cut = cut_map<acc>(p, kSweepElements);
+  const Scratch memory(size_t(2 * cut.units * cut.chunks * cut.pitch) * sizeof(acc));
+  acc* const partial = memory.as<acc>();
+  parallel(cut.units * cut.chunks, kSweepWork * cut.pixels * cut.pitch,
+           [&](int64_t first, int64_t last) { statistics_of_chunks(cut, x, partial, first, last); });
+  parallel(p.channels, 16 * p.batch * cut.chunks, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c) {
+      Moments all;
+      for (int64_t n = 0; n < p.batch; ++n)
+        for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
+          const int64_t unit = cut.channels_last ? n : n * p.channels + c;
+          const acc* const own = partial + 2 * (unit * cut.chunks + chunk) * cut.pitch + (cut.channels_last ? c : 0);
+          const int64_t count = (cut.end(unit, chunk) - cut.begin(unit, chunk)) / cut.pitch;
+          all.add(double(count), double(own[0]), double(own[cut.pitch]));
+        }
+      mean[c] = acc(all.mean);
+      variance[c] = acc(all.squares / all.count);
+    }
+  });
+}

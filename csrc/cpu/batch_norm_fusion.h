@@ -1,0 +1,125 @@
+// Loops of the end of a contextual layer. y0 is what the aggregation left and k0 what the key convolution left; each has a
+// norm, and
+//     s = silu((y0 - m)*a + b)        r = max((k0 - m')*a' + b', 0)        y = p0*s + p1*r
+// where p0 and p1 are the attention of a channel of an image. s and r are never in memory.
+// Included once per target namespace by foreach_target.h.
+#include "cpu/map_sweep.h"
+
+// 1/(1 + exp(-z)); the exponential is of a number that is not positive.
+template <class V>
+COTNET_INLINE V sigmoid(V z) {
+  const V e = exponential(z < 0 ? z : -z);
+  return (z < 0 ? e : V{} + 1) / (1 + e);
+}
+template <class V>
+COTNET_INLINE V normed(V x, const V* norm) {
+  return (x - norm[0]) * norm[1] + norm[2];
+}
+template <class V>
+COTNET_INLINE V silu(V z) {
+  return z * sigmoid(z);
+}
+template <class V>
+COTNET_INLINE V relu(V z) {
+  return z < 0 ? V{} : z;
+}
+
+// Sum of s + r.
+template <class scalar_t>
+struct FusionPool {
+  using acc = acc_t<scalar_t>;
+  static constexpr int kCoefficients = 6, kImageCoefficients = 0, kSums = 1;
+  const scalar_t* y0;
+  const scalar_t* k0;
+
+  template <class Vector>
+  COTNET_INLINE void operator()(const Vector& vector, int64_t at, const Vec<acc>* norms, Vec<acc>* sum) const {
+    *sum += vector.fresh(silu(normed(vector.read(y0 + at), norms)) + relu(normed(vector.read(k0 + at), norms + 3)));
+  }
+};
+
+template <class scalar_t>
+struct FusionBlend {
+  using acc = acc_t<scalar_t>;
+  static constexpr int kCoefficients = 6, kImageCoefficients = 2, kSums = 0;
+  const scalar_t* y0;
+  const scalar_t* k0;
+  scalar_t* y;
+
+  template <class Vector>
+  COTNET_INLINE void operator()(const Vector& vector, int64_t at, const Vec<acc>* norms, Vec<acc>*) const {
+    prefetch_ahead(y + at);
+    const Vec<acc> s = silu(normed(vector.read(y0 + at), norms)), r = relu(normed(vector.read(k0 + at), norms + 3));
+    vector.write(y + at, norms[6] * s + norms[7] * r);
+  }
+};
+
+// All that the selection and the norm need to know of a map, with s' the derivative of silu:
+// the sums of g*s, g*r, g*s', s', g*s'*(y0 - m), s'*(y0 - m).
+template <class scalar_t>
+struct FusionSums {
+  using acc = acc_t<scalar_t>;
+  static constexpr int kCoefficients = 6, kImageCoefficients = 0, kSums = 6;
+  const scalar_t* grad_y;
+  const scalar_t* y0;
+  const scalar_t* k0;
+
+  template <class Vector>
+  COTNET_INLINE void operator()(const Vector& vector, int64_t at, const Vec<acc>* norms, Vec<acc>* sums) const {
+    const Vec<acc> g = vector.read(grad_y + at), centred = vector.read(y0 + at) - norms[0];
+    const Vec<acc> z = centred * norms[1] + norms[2], chance = sigmoid(z), s = z * chance;
+    const Vec<acc> slope = vector.fresh(chance + s * (1 - chance)), grad_z = vector.fresh(g * slope);
+    sums[0] += vector.fresh(g * s);
+    sums[1] += vector.fresh(g * relu(normed(vector.read(k0 + at), norms + 3)));
+    sums[2] += grad_z;
+    sums[3] += slope;
+    sums[4] += vector.fresh(grad_z * centred);
+    sums[5] += vector.fresh(slope * centred);
+  }
+};
+
+// grad_y0 = a*(s'*(p0*g + q) - c - (y0 - m)*d) and the gradient of r, p1*g + q, where q comes back through the pooling.
+template <class scalar_t>
+struct FusionBackward {
+  using acc = acc_t<scalar_t>;
+  static constexpr int kCoefficients = 5, kImageCoefficients = 3, kSums = 0;  // m, a, b, c, d; p0, p1, q
+  const scalar_t* grad_y;
+  const scalar_t* y0;
+  scalar_t* grad_y0;
+  scalar_t* grad_r;
+
+  template <class Vector>
+  COTNET_INLINE void operator()(const Vector& vector, int64_t at, const Vec<acc>* norm, Vec<acc>*) const {
+    prefetch_ahead(grad_y0 + at);
+    prefetch_ahead(grad_r + at);
+    const Vec<acc> g = vector.read(grad_y + at), centred = vector.read(y0 + at) - norm[0];
+    const Vec<acc> z = centred * norm[1] + norm[2], chance = sigmoid(z);
+    const Vec<acc> grad_z = (chance + z * chance * (1 - chance)) * (norm[5] * g + norm[7]);
+    vector.write(grad_y0 + at, norm[1] * (grad_z - norm[3] - centred * norm[4]));
+    vector.write(grad_r + at, norm[6] * g + norm[7]);
+  }
+};
+
+template <class scalar_t, class Parallel>
+void fusion_pool(const MapProblem& p, const scalar_t* y0, const scalar_t* k0, const acc_t<scalar_t>* norms, acc_t<scalar_t>* sums,
+                 const Parallel& parallel) {
+  sweep(p, SweepTables<acc_t<scalar_t>>{norms, nullptr}, FusionPool<scalar_t>{y0, k0}, sums, parallel);
+}
+template <class scalar_t, class Parallel>
+void fusion_blend(const MapProblem& p, const scalar_t* y0, const scalar_t* k0, const acc_t<scalar_t>* norms,
+                  const acc_t<scalar_t>* attention, scalar_t* y, const Parallel& parallel) {
+  using acc = acc_t<scalar_t>;
+  sweep(p, SweepTables<acc>{norms, attention}, FusionBlend<scalar_t>{y0, k0, y}, static_cast<acc*>(nullptr), parallel);
+}
+template <class scalar_t, class Parallel>
+void fusion_sums(const MapProblem& p, const scalar_t* grad_y, const scalar_t* y0, const scalar_t* k0, const acc_t<scalar_t>* norms,
+                 acc_t<scalar_t>* sums, const Parallel& parallel) {
+  sweep(p, SweepTables<acc_t<scalar_t>>{norms, nullptr}, FusionSums<scalar_t>{grad_y, y0, k0}, sums, parallel);
+}
+template <class scalar_t, class Parallel>
+void fusion_backward(const MapProblem& p, const scalar_t* grad_y, const scalar_t* y0, const acc_t<scalar_t>* norm,
+                     const acc_t<scalar_t>* attention, scalar_t* grad_y0, scalar_t* grad_r, const Parallel& parallel) {
+  using acc = acc_t<scalar_t>;
+  sweep(p, SweepTables<acc>{norm, attention}, FusionBackward<scalar_t>{grad_y, y0, grad_y0, grad_r}, static_cast<acc*>(nullptr),
+        parallel);
+}
