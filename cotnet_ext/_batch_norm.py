@@ -1,18 +1,14 @@
 """BatchNorm and what follows it in a contextual layer, in the parts that a fused layer is made of.
 
-A *norm* is a table of numbers of channels in the type of sums (float32, for float64 float64), with
-the rows m, a, b of
+A *norm* is a table `[3, C]` of numbers of channels, with the rows m, a, b of
 
     z = (x - m) * a + b
 
-For BatchNorm these are its mean, `weight / sqrt(variance + eps)` and its bias. A norm for a
-backward has two more rows, c and d of `grad_x = a * (grad_z - c - (x - m) * d)`: zeros where m and
-a are given numbers; the mean of `grad_z` and the mean of `grad_z * (x - m)` divided by
-`variance + eps` where they are the batch's own. `norms` are the norm of the dynamic context and,
-below it, that of the static context.
+For BatchNorm these are its mean, `weight * factor` with `factor = 1 / sqrt(variance + eps)`, and
+its bias. Tables have the type of sums: float32, for float64 float64.
 
 Each operator `torch.ops.cotnet_ext.NAME` is defined by `defined_NAME` below, from which its
-derivatives come as well: layers have faster ones of their own (`_training`).
+derivatives come as well; layers have faster ones (`_training`).
 """
 
 from __future__ import annotations
@@ -38,20 +34,24 @@ def _rows(table: Tensor) -> list[Tensor]:
 
 
 def _normed(x: Tensor, norm: Tensor) -> Tensor:
-    m, a, b, *_ = _rows(norm)
+    m, a, b = _rows(norm)
     return (_wide(x) - m) * a + b
 
 
-def _contexts(dynamic: Tensor, static: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    z = _normed(dynamic, norms[:3])
-    return z * z.sigmoid(), _normed(static, norms[3:]).relu()
+def _contexts(dynamic, static, norm, static_norm) -> tuple[Tensor, Tensor]:
+    z = _normed(dynamic, norm)
+    return z * z.sigmoid(), _normed(static, static_norm).relu()
 
 
-def defined_batch_norm_statistics(input):
-    """Mean and biased variance `[C]` over images and pixels."""
+def defined_batch_norm_statistics(input, weight, bias, eps):
+    """The norm `[3, C]` of the batch, its factor `[C]` and its variance `[C]`, the biased one."""
     x = _wide(input)
     mean = x.mean((0, 2, 3))
-    return mean, (x - mean[:, None, None]).square().mean((0, 2, 3))
+    variance = (x - mean[:, None, None]).square().mean((0, 2, 3))
+    factor = (variance + eps).rsqrt()
+    scale = factor if weight is None else factor * weight
+    shift = torch.zeros_like(mean) if bias is None else bias
+    return torch.stack([mean, scale, shift]), factor, variance
 
 
 def defined_batch_norm(input, norm, relu):
@@ -60,32 +60,34 @@ def defined_batch_norm(input, norm, relu):
     return (z.relu() if relu else z).to(input.dtype)
 
 
-def _grad_z(grad, input, norm, relu):
-    return _wide(grad) * (_normed(input, norm) > 0) if relu else _wide(grad)
+def _through_norm(grad_z, input, norm, factor, batch):
+    """Gradients of the map, the weight and the bias. With statistics of the batch, the mean of the
+    gradient and its part along `x - m` do not count."""
+    m, a, _ = _rows(norm)
+    centred = _wide(input) - m
+    grad_bias, with_x = grad_z.sum((0, 2, 3)), (grad_z * centred).sum((0, 2, 3))
+    if batch:
+        along = (with_x * factor.square())[:, None, None] * centred
+        grad_z = grad_z - (grad_bias[:, None, None] + along) / (grad_z.numel() // grad_z.shape[1])
+    return (a * grad_z).to(input.dtype), with_x * factor, grad_bias
 
 
-def defined_batch_norm_sums(grad, input, norm, relu):
-    """The sums over the map of `grad_z` and of `grad_z * (x - m)`, `[N, 2, C]`."""
-    grad_z, centred = _grad_z(grad, input, norm, relu), _wide(input) - _rows(norm)[0]
-    return torch.stack([grad_z.sum((2, 3)), (grad_z * centred).sum((2, 3))], dim=1)
+def defined_batch_norm_backward(grad, input, norm, factor, relu, batch):
+    """Gradients of `input`, and of weight and bias of the norm, `[C]`. `batch` says whether m and
+    the factor are the batch's own."""
+    grad_z = _wide(grad) * (_normed(input, norm) > 0) if relu else _wide(grad)
+    return _through_norm(grad_z, input, norm, factor, batch)
 
 
-def defined_batch_norm_backward(grad, input, norm, relu):
-    """`grad_x`, with a norm of five rows."""
-    m, a, _, c, d = _rows(norm)
-    grad_z = _grad_z(grad, input, norm, relu)
-    return (a * (grad_z - c - (_wide(input) - m) * d)).to(input.dtype)
+def defined_batch_norm_fusion_pool(dynamic, static, norm, static_norm):
+    """The mean over the map of `silu(z)` of the dynamic and `relu(z)` of the static, `[N, C]`."""
+    s, r = _contexts(dynamic, static, norm, static_norm)
+    return s.mean((2, 3)) + r.mean((2, 3))
 
 
-def defined_batch_norm_fusion_pool(dynamic, static, norms):
-    """The sum over the map of `silu(z)` of the dynamic and `relu(z)` of the static, `[N, C]`."""
-    s, r = _contexts(dynamic, static, norms)
-    return s.sum((2, 3)) + r.sum((2, 3))
-
-
-def defined_batch_norm_fusion(dynamic, static, norms, attention):
+def defined_batch_norm_fusion(dynamic, static, norm, static_norm, attention):
     """Both contexts, weighted with the two rows of attention, `[N, 2, C]`."""
-    s, r = _contexts(dynamic, static, norms)
+    s, r = _contexts(dynamic, static, norm, static_norm)
     p0, p1 = _rows(attention)
     return (p0 * s + p1 * r).to(dynamic.dtype)
 
@@ -96,26 +98,26 @@ def _slope(z: Tensor) -> Tensor:
     return chance * (1 + z * (1 - chance))
 
 
-def defined_batch_norm_fusion_sums(grad, dynamic, static, norms):
+def defined_batch_norm_fusion_sums(grad, dynamic, static, norm, static_norm):
     """With `s = silu(z)`, `t` its derivative and `r = relu(z)` of the static, the sums over the map
     of `g*s, g*r, g*t, t, g*t*(x - m), t*(x - m)`, `[N, 6, C]`."""
-    s, r = _contexts(dynamic, static, norms)
-    g, t = _wide(grad), _slope(_normed(dynamic, norms[:3]))
-    centred = _wide(dynamic) - _rows(norms)[0]
+    s, r = _contexts(dynamic, static, norm, static_norm)
+    g, t = _wide(grad), _slope(_normed(dynamic, norm))
+    centred = _wide(dynamic) - _rows(norm)[0]
     terms = (g * s, g * r, g * t, t, g * t * centred, t * centred)
     return torch.stack([term.sum((2, 3)) for term in terms], dim=1)
 
 
-def defined_batch_norm_fusion_backward(grad, dynamic, norm, attention):
-    """Gradients of the dynamic context, and of the static one after its norm and ReLU. The norm has
-    five rows; attention `[N, 3, C]` has p0, p1 and q, the gradient that the pooling hands to every
-    pixel."""
-    m, a, _, c, d = _rows(norm)
-    p0, p1, q = _rows(attention)
-    g = _wide(grad)
+def defined_batch_norm_fusion_backward(grad, dynamic, norm, factor, attention, pooled, sums, batch):
+    """Gradients of the dynamic context, of the static one after its norm and ReLU, and of weight
+    and bias of the norm. `pooled [N, C]` is the gradient that the pooling hands to every pixel. The
+    definition needs no `sums` (those of `batch_norm_fusion_sums`): they follow from the rest."""
+    p0, p1 = _rows(attention)
+    g, q = _wide(grad), pooled[..., None, None]
     grad_z = _slope(_normed(dynamic, norm)) * (p0 * g + q)
-    grad_dynamic = a * (grad_z - c - (_wide(dynamic) - m) * d)
-    return grad_dynamic.to(dynamic.dtype), (p1 * g + q).to(dynamic.dtype)
+    grad_static = (p1 * g + q).to(dynamic.dtype)
+    grad_dynamic, *of_norm = _through_norm(grad_z, dynamic, norm, factor, batch)
+    return grad_dynamic, grad_static, *of_norm
 
 
 # ---- a BatchNorm as a norm -----------------------------------------------------------------------
@@ -127,21 +129,12 @@ class Norm(NamedTuple):
     Attributes:
         table: the norm `[3, C]`.
         factor: `1 / sqrt(variance + eps)`, `[C]`.
-        count: values of a channel behind mean and variance; 0 where these are given numbers.
+        batch: whether mean and variance are the batch's own.
     """
 
     table: Tensor
     factor: Tensor
-    count: int
-
-    def backward(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The norm with five rows, and the gradients of weight and bias, from the sums over all
-        images of `grad_z` and `grad_z * (x - m)`, `[2, C]`."""
-        if self.count:
-            rest = torch.stack([sums[0], sums[1] * self.factor.square()]) / self.count
-        else:
-            rest = torch.zeros_like(sums)
-        return torch.cat([self.table, rest]), sums[1] * self.factor, sums[0]
+    batch: bool
 
 
 def uses_batch(module: nn.BatchNorm2d) -> bool:
@@ -151,18 +144,18 @@ def uses_batch(module: nn.BatchNorm2d) -> bool:
 
 def norm_of(module: nn.BatchNorm2d, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Norm:
     """The norm of `module` for a map; its running statistics are updated as by `module(x)`."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = None if weight is None else weight.to(wide)
+    bias = None if bias is None else bias.to(wide)
     if uses_batch(module):
-        mean, variance = _ops.batch_norm_statistics(x)
-        count = x.numel() // x.shape[1]
-        update_running(module, mean, variance, count)
-    else:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        mean, variance = module.running_mean.to(wide), module.running_var.to(wide)
-        count = 0
-    factor = (variance + module.eps).rsqrt()
+        table, factor, variance = _ops.batch_norm_statistics(x, weight, bias, module.eps)
+        update_running(module, table[0], variance, x.numel() // x.shape[1])
+        return Norm(table, factor, True)
+    mean = module.running_mean.to(wide)
+    factor = (module.running_var.to(wide) + module.eps).rsqrt()
     scale = factor if weight is None else factor * weight
-    shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
-    return Norm(torch.stack([mean, scale, shift]), factor, count)
+    shift = torch.zeros_like(mean) if bias is None else bias
+    return Norm(torch.stack([mean, scale, shift]), factor, False)
 
 
 def update_running(module: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
@@ -175,11 +168,17 @@ def update_running(module: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count
         module.num_batches_tracked.add_(1)
         if share is None:
             share = 1.0 / float(module.num_batches_tracked)
-    if share is None:
-        share = 0.0
-    unbiased = variance * (count / max(count - 1, 1))
-    for running, new in ((module.running_mean, mean), (module.running_var, unbiased)):
-        running.copy_(running.to(new.dtype) * (1 - share) + share * new)
+    share = share or 0.0
+    unbiased = share * count / max(count - 1, 1)
+    _average(module.running_mean, mean, share, share)
+    _average(module.running_var, variance, share, unbiased)
+
+
+def _average(running: Tensor, new: Tensor, share: float, factor: float) -> None:
+    if running.dtype == new.dtype:
+        running.mul_(1 - share).add_(new, alpha=factor)
+    else:  # rounded once
+        running.copy_(running.to(new.dtype).mul_(1 - share).add_(new, alpha=factor))
 
 
 # ---- checks and fakes ----------------------------------------------------------------------------
@@ -204,65 +203,75 @@ def _empty_table(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=wide)
 
 
+def _tables(like: Tensor, /, **tables: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    for name, (table, shape) in tables.items():
+        if table is not None:
+            _table(name, table, like, shape)
+
+
 @torch.library.register_fake("cotnet_ext::batch_norm_statistics")
-def _(input):
+def _(input, weight, bias, eps):
     _checks.maps(input=input)
-    return _empty_table(input, input.shape[1]), _empty_table(input, input.shape[1])
+    c = input.shape[1]
+    _tables(input, weight=(weight, (c,)), bias=(bias, (c,)))
+    return tuple(_empty_table(input, *shape) for shape in ((3, c), (c,), (c,)))
 
 
 @torch.library.register_fake("cotnet_ext::batch_norm")
 def _(input, norm, relu):
     _checks.maps(input=input)
-    _table("norm", norm, input, (3, input.shape[1]))
+    _tables(input, norm=(norm, (3, input.shape[1])))
     return _empty_map(input)
-
-
-@torch.library.register_fake("cotnet_ext::batch_norm_sums")
-def _(grad, input, norm, relu):
-    _checks.maps(input=input, grad=grad)
-    _table("norm", norm, input, (3, input.shape[1]))
-    return _empty_table(input, input.shape[0], 2, input.shape[1])
 
 
 @torch.library.register_fake("cotnet_ext::batch_norm_backward")
-def _(grad, input, norm, relu):
+def _(grad, input, norm, factor, relu, batch):
     _checks.maps(input=input, grad=grad)
-    _table("norm", norm, input, (5, input.shape[1]))
-    return _empty_map(input)
+    c = input.shape[1]
+    _tables(input, norm=(norm, (3, c)), factor=(factor, (c,)))
+    return _empty_map(input), _empty_table(input, c), _empty_table(input, c)
+
+
+def _check_contexts(dynamic, static, norm, static_norm, **more) -> tuple[int, int]:
+    _checks.maps(dynamic=dynamic, static=static, **more)
+    n, c = dynamic.shape[:2]
+    _tables(dynamic, norm=(norm, (3, c)), static_norm=(static_norm, (3, c)))
+    return n, c
 
 
 @torch.library.register_fake("cotnet_ext::batch_norm_fusion_pool")
-def _(dynamic, static, norms):
-    _checks.maps(dynamic=dynamic, static=static)
-    n, channels = dynamic.shape[:2]
-    _table("norms", norms, dynamic, (6, channels))
-    return _empty_table(dynamic, n, channels)
+def _(dynamic, static, norm, static_norm):
+    n, c = _check_contexts(dynamic, static, norm, static_norm)
+    return _empty_table(dynamic, n, c)
 
 
 @torch.library.register_fake("cotnet_ext::batch_norm_fusion")
-def _(dynamic, static, norms, attention):
-    _checks.maps(dynamic=dynamic, static=static)
-    n, channels = dynamic.shape[:2]
-    _table("norms", norms, dynamic, (6, channels))
-    _table("attention", attention, dynamic, (n, 2, channels))
+def _(dynamic, static, norm, static_norm, attention):
+    n, c = _check_contexts(dynamic, static, norm, static_norm)
+    _tables(dynamic, attention=(attention, (n, 2, c)))
     return _empty_map(dynamic)
 
 
 @torch.library.register_fake("cotnet_ext::batch_norm_fusion_sums")
-def _(grad, dynamic, static, norms):
-    _checks.maps(dynamic=dynamic, static=static, grad=grad)
-    n, channels = dynamic.shape[:2]
-    _table("norms", norms, dynamic, (6, channels))
-    return _empty_table(dynamic, n, 6, channels)
+def _(grad, dynamic, static, norm, static_norm):
+    n, c = _check_contexts(dynamic, static, norm, static_norm, grad=grad)
+    return _empty_table(dynamic, n, 6, c)
 
 
 @torch.library.register_fake("cotnet_ext::batch_norm_fusion_backward")
-def _(grad, dynamic, norm, attention):
+def _(grad, dynamic, norm, factor, attention, pooled, sums, batch):
     _checks.maps(dynamic=dynamic, grad=grad)
-    n, channels = dynamic.shape[:2]
-    _table("norm", norm, dynamic, (5, channels))
-    _table("attention", attention, dynamic, (n, 3, channels))
-    return _empty_map(dynamic), _empty_map(dynamic)
+    n, c = dynamic.shape[:2]
+    _tables(
+        dynamic,
+        norm=(norm, (3, c)),
+        factor=(factor, (c,)),
+        attention=(attention, (n, 2, c)),
+        pooled=(pooled, (n, c)),
+        sums=(sums, (n, 6, c)),
+    )
+    of_norm = (_empty_table(dynamic, c) for _ in range(2))
+    return _empty_map(dynamic), _empty_map(dynamic), *of_norm
 
 
 # ---- derivatives and batching --------------------------------------------------------------------

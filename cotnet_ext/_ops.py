@@ -43,7 +43,6 @@ context_fusion_backward = _ops.context_fusion_backward.default
 BATCH_NORM = (
     "batch_norm_statistics",
     "batch_norm",
-    "batch_norm_sums",
     "batch_norm_backward",
     "batch_norm_fusion_pool",
     "batch_norm_fusion",

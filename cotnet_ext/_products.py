@@ -42,7 +42,8 @@ class Products:
         """`[O, C // groups]`, summed over images and pixels."""
         if self.channels_last:
             parts = zip(self._columns(grad), self._columns(x), strict=True)
-            return torch.cat([rows.t().mm(columns) for rows, columns in parts])
+            found = [rows.t().mm(columns) for rows, columns in parts]
+            return torch.cat(found) if self.groups > 1 else found[0]
         rows, columns = self._images(grad), self._images(x).transpose(1, 2)
         return rows.bmm(columns).unflatten(0, (grad.shape[0], -1)).sum(0).flatten(0, 1)
 

@@ -167,18 +167,18 @@ class _Layer(Function):
         inside = outside or _is_small(input)
         ctx.outside, ctx.inside = outside, inside
         p = Parameters(*parameters)
-        x = input.to(dtype, memory_format=_layout(inside))
         steps = _Forward(layer, p, dtype, inside)
+        x = input.to(dtype, memory_format=_layout(outside))
         static0, key_norm = steps.key(x)
+        x = x.contiguous(memory_format=_layout(inside))
         hidden0, hidden_norm, value0, value_norm = steps.hidden_and_value(x, static0, key_norm)
         weight = steps.weights(hidden0, hidden_norm)
         dynamic0, statistics = steps.aggregate(value0, value_norm, weight)
         norm = norm_of(layer.bn, dynamic0, p.weight, p.bias)
-        norms = torch.cat([norm.table, key_norm.table])
-        pixels = x.shape[2] * x.shape[3]
-        pooled = _ops.batch_norm_fusion_pool(dynamic0, static0, norms) / pixels
+        contexts = dynamic0, static0, norm.table, key_norm.table
+        pooled = _ops.batch_norm_fusion_pool(*contexts)
         ctx.selection = _Selection(layer.se, pooled, parameters[SELECTION])
-        result = _ops.batch_norm_fusion(dynamic0, static0, norms, ctx.selection.attention)
+        result = _ops.batch_norm_fusion(*contexts, ctx.selection.attention)
         ctx.norms = (key_norm, hidden_norm, value_norm, norm)
         ctx.save_for_backward(
             input, *parameters, static0, hidden0, value0, weight, dynamic0, *statistics
@@ -205,15 +205,9 @@ def _composed_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         if then is not None and id(now) in named
     }
     state |= {name: b.clone() for name, b in _Composed(ctx.layer).named_buffers()}
-    kind = input.device.type
-    with (
-        torch.enable_grad(),
-        torch.autocast(
-            kind,
-            dtype=None if ctx.dtype == input.dtype else ctx.dtype,
-            enabled=ctx.dtype != input.dtype,
-        ),
-    ):
+    casts = ctx.dtype != input.dtype
+    dtype = ctx.dtype if casts else None
+    with torch.enable_grad(), torch.autocast(input.device.type, dtype, casts):
         output = torch.func.functional_call(_Composed(ctx.layer), state, (input,))
     needed = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]
     inputs = [input, *parameters]
@@ -284,7 +278,7 @@ class _Backward:
         self.selection = ctx.selection
         count = len(Parameters._fields)
         input, *saved = ctx.saved_tensors
-        self.input_dtype = input.dtype
+        self.input = input
         self.x = input.to(self.dtype, memory_format=self.layout)
         self.p = Parameters(*saved[:count])
         self.static0, self.hidden0, self.value0, self.weight, self.dynamic0, *self.statistics = (
@@ -310,8 +304,12 @@ class _Backward:
         grad_input = self._key(grad_static0)
         if self.needs_input:
             rows = [columns[0], self.p.value.flatten(1).to(self.dtype)]
-            grad_input = self.products.grad_map([grad_hidden0, grad_value0], rows, grad_input)
-            grad_input = grad_input.to(self.input_dtype, memory_format=_layout(self.outside))
+            grads = [grad_hidden0, grad_value0]
+            if self.inside == self.outside:
+                self.products.grad_map(grads, rows, grad_input)
+            else:
+                grad_input += self.products.grad_map(grads, rows)
+            grad_input = grad_input.to(self.input.dtype)
         return grad_input, *(self._typed(name) for name in Parameters._fields)
 
     def _typed(self, name: str) -> Tensor | None:
@@ -322,19 +320,16 @@ class _Backward:
 
     def _fusion(self) -> tuple[Tensor, Tensor]:
         """Gradients of the dynamic context before its norm, and of the static one after it."""
-        norms = torch.cat([self.norm.table, self.key_norm.table])
-        sums = _ops.batch_norm_fusion_sums(self.grad, self.dynamic0, self.static0, norms)
-        found = self.selection.backward(sums[:, :2], self.needs[-6:])
-        self.found.update(zip(Parameters._fields[-6:], found[1:], strict=True))
-        attention = self.selection.attention
+        norm, attention = self.norm, self.selection.attention
+        sums = _ops.batch_norm_fusion_sums(
+            self.grad, self.dynamic0, self.static0, norm.table, self.key_norm.table
+        )
+        found = self.selection.backward(sums[:, :2], self.needs[SELECTION])
+        self.found.update(zip(Parameters._fields[SELECTION], found[1:], strict=True))
         pooled = found[0] / (self.x.shape[2] * self.x.shape[3])
-        of_norm = torch.stack([
-            attention[:, 0] * sums[:, 2] + pooled * sums[:, 3],
-            attention[:, 0] * sums[:, 4] + pooled * sums[:, 5],
-        ]).sum(1)  # fmt: skip
-        table, self.found["weight"], self.found["bias"] = self.norm.backward(of_norm)
-        attention = torch.cat([attention, pooled[:, None]], dim=1)
-        grads = _ops.batch_norm_fusion_backward(self.grad, self.dynamic0, table, attention)
+        *grads, self.found["weight"], self.found["bias"] = _ops.batch_norm_fusion_backward(
+            self.grad, self.dynamic0, norm.table, norm.factor, attention, pooled, sums, norm.batch
+        )
         del self.grad, self.dynamic0
         return grads
 
@@ -364,9 +359,11 @@ class _Backward:
         return self._norm("hidden", self.hidden0, self.hidden_norm, grad_hidden, True)
 
     def _norm(self, name: str, x: Tensor, norm: Norm, grad: Tensor, relu: bool) -> Tensor:
-        sums = _ops.batch_norm_sums(grad, x, norm.table, relu).sum(0)
-        table, self.found[f"{name}_weight"], self.found[f"{name}_bias"] = norm.backward(sums)
-        return _ops.batch_norm_backward(grad, x, table, relu)
+        grad_x, weight, bias = _ops.batch_norm_backward(
+            grad, x, norm.table, norm.factor, relu, norm.batch
+        )
+        self.found[f"{name}_weight"], self.found[f"{name}_bias"] = weight, bias
+        return grad_x
 
     def _hidden(self, grad_hidden0: Tensor, grad_static: Tensor):
         """The gradient of the static context through `join` is added to the one from the end."""
@@ -386,14 +383,16 @@ class _Backward:
             self.found["value"] = self.products.grad_weight(grad_value0, self.x)
 
     def _key(self, grad_static0: Tensor) -> Tensor | None:
-        conv = self.layer.key_embed[0]
+        """The 3x3 convolution: in the layout of the input, as another one makes PyTorch reorder its
+        weight and the gradient of it."""
+        conv, layout = self.layer.key_embed[0], _layout(self.outside)
         needs = [self.needs_input, self.needs.key, False]
         if not any(needs):
             return None
         grad_input, self.found["key"], _ = torch.ops.aten.convolution_backward(
-            grad_static0, self.x, self.p.key.to(self.dtype), None,
+            grad_static0.contiguous(memory_format=layout),
+            self.input.to(self.dtype, memory_format=layout),
+            self.p.key.to(self.dtype), None,
             [1, 1], conv.padding, [1, 1], False, [0, 0], conv.groups, needs,
         )  # fmt: skip
-        if grad_input is None:
-            return None
-        return grad_input.contiguous(memory_format=self.layout)
+        return None if grad_input is None else grad_input.contiguous(memory_format=layout)

@@ -34,17 +34,18 @@ STABLE_TORCH_LIBRARY(cotnet_ext, m) {
   m.def("context_fusion_backward(Tensor grad, Tensor dynamic, Tensor static, Tensor logits, bool[3] output_mask)"
         " -> (Tensor, Tensor, Tensor)");
 
-  // Tables hold numbers of channels in the type of sums. norm [3, C]: m, a, b of (x - m)*a + b; [5, C] with two more for the
-  // backward; norms [6, C]: of dynamic, then of static.
-  m.def("batch_norm_statistics(Tensor input) -> (Tensor mean, Tensor variance)");
+  // Numbers of channels have the type of sums. norm [3, C]: m, a, b of (x - m)*a + b; factor [C]: 1/sqrt(variance + eps).
+  m.def("batch_norm_statistics(Tensor input, Tensor? weight, Tensor? bias, float eps)"
+        " -> (Tensor norm, Tensor factor, Tensor variance)");
   m.def("batch_norm(Tensor input, Tensor norm, bool relu) -> Tensor");
-  m.def("batch_norm_sums(Tensor grad, Tensor input, Tensor norm, bool relu) -> Tensor");
-  m.def("batch_norm_backward(Tensor grad, Tensor input, Tensor norm, bool relu) -> Tensor");
+  m.def("batch_norm_backward(Tensor grad, Tensor input, Tensor norm, Tensor factor, bool relu, bool batch)"
+        " -> (Tensor, Tensor, Tensor)");
 
-  m.def("batch_norm_fusion_pool(Tensor dynamic, Tensor static, Tensor norms) -> Tensor");
-  m.def("batch_norm_fusion(Tensor dynamic, Tensor static, Tensor norms, Tensor attention) -> Tensor");
-  m.def("batch_norm_fusion_sums(Tensor grad, Tensor dynamic, Tensor static, Tensor norms) -> Tensor");
-  m.def("batch_norm_fusion_backward(Tensor grad, Tensor dynamic, Tensor norm, Tensor attention) -> (Tensor, Tensor)");
+  m.def("batch_norm_fusion_pool(Tensor dynamic, Tensor static, Tensor norm, Tensor static_norm) -> Tensor");
+  m.def("batch_norm_fusion(Tensor dynamic, Tensor static, Tensor norm, Tensor static_norm, Tensor attention) -> Tensor");
+  m.def("batch_norm_fusion_sums(Tensor grad, Tensor dynamic, Tensor static, Tensor norm, Tensor static_norm) -> Tensor");
+  m.def("batch_norm_fusion_backward(Tensor grad, Tensor dynamic, Tensor norm, Tensor factor, Tensor attention, Tensor pooled, "
+        "Tensor sums, bool batch) -> (Tensor, Tensor, Tensor, Tensor)");
 
   m.def("build_info() -> str");
 }

@@ -1,4 +1,4 @@
-// BatchNorm, with or without ReLU, in parts: statistics, forward, and both passes of the backward. On the CPU.
+// BatchNorm, with or without ReLU: the statistics of the batch, forward and backward. On the CPU.
 #define COTNET_LOOPS "cpu/batch_norm.h"
 #include "cpu/foreach_target.h"
 
@@ -13,17 +13,22 @@
 namespace cotnet {
 namespace {
 
-std::tuple<Tensor, Tensor> batch_norm_statistics_cpu(const Tensor& input) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm_statistics_cpu(const Tensor& input, const std::optional<Tensor>& weight,
+                                                             const std::optional<Tensor>& bias, double eps) {
   const auto p = map_problem("batch_norm_statistics", {{"input", &input}});
   const Tensor x = map_in_layout(input, p.channels_last);
-  const Tensor mean = empty_vector(input, {p.channels}, acc_dtype(input));
-  const Tensor variance = empty_vector(input, {p.channels}, acc_dtype(input));
+  const auto gamma = optional_table("weight", weight, input, {p.channels});
+  const auto beta = optional_table("bias", bias, input, {p.channels});
+  const auto table = [&](const Sizes& sizes) { return empty_vector(input, sizes, acc_dtype(input)); };
+  const Tensor norm = table({3, p.channels}), factor = table({p.channels}), variance = table({p.channels});
   dispatch_dtype(x, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc = acc_t<scalar_t>;
-    COTNET_ON_TARGET((norm_statistics), p, data<scalar_t>(x), mutable_data<acc>(mean), mutable_data<acc>(variance), Parallel{});
+    COTNET_ON_TARGET((norm_statistics), p, data<scalar_t>(x), gamma ? data<acc>(*gamma) : nullptr,
+                     beta ? data<acc>(*beta) : nullptr, eps, mutable_data<acc>(norm), mutable_data<acc>(factor),
+                     mutable_data<acc>(variance), Parallel{});
   });
-  return {mean, variance};
+  return {norm, factor, variance};
 }
 
 Tensor batch_norm_cpu(const Tensor& input, const Tensor& norm, bool relu) {
@@ -39,31 +44,22 @@ Tensor batch_norm_cpu(const Tensor& input, const Tensor& norm, bool relu) {
   return y;
 }
 
-Tensor batch_norm_sums_cpu(const Tensor& grad, const Tensor& input, const Tensor& norm, bool relu) {
-  const auto p = map_problem("batch_norm_sums", {{"input", &input}, {"grad", &grad}});
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward_cpu(const Tensor& grad, const Tensor& input, const Tensor& norm,
+                                                           const Tensor& factor, bool relu, bool batch) {
+  const auto p = map_problem("batch_norm_backward", {{"input", &input}, {"grad", &grad}});
   const Tensor table = channel_table("norm", norm, input, {3, p.channels});
+  const Tensor factors = channel_table("factor", factor, input, {p.channels});
   const Tensor g = map_in_layout(grad, p.channels_last), x = map_in_layout(input, p.channels_last);
-  const Tensor sums = empty_vector(input, {p.batch, 2, p.channels}, acc_dtype(input));
+  const Tensor grad_input = empty_like_map(input, p);
+  const Tensor grad_weight = empty_vector(input, {p.channels}, acc_dtype(input));
+  const Tensor grad_bias = empty_vector(input, {p.channels}, acc_dtype(input));
   dispatch_dtype(x, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc = acc_t<scalar_t>;
-    COTNET_ON_TARGET((norm_sums), p, data<scalar_t>(g), data<scalar_t>(x), data<acc>(table), relu, mutable_data<acc>(sums),
-                     Parallel{});
+    COTNET_ON_TARGET((norm_backward), p, data<scalar_t>(g), data<scalar_t>(x), {data<acc>(table), data<acc>(factors), batch}, relu,
+                     mutable_data<scalar_t>(grad_input), mutable_data<acc>(grad_weight), mutable_data<acc>(grad_bias), Parallel{});
   });
-  return sums;
-}
-
-Tensor batch_norm_backward_cpu(const Tensor& grad, const Tensor& input, const Tensor& norm, bool relu) {
-  const auto p = map_problem("batch_norm_backward", {{"input", &input}, {"grad", &grad}});
-  const Tensor table = channel_table("norm", norm, input, {5, p.channels});
-  const Tensor g = map_in_layout(grad, p.channels_last), x = map_in_layout(input, p.channels_last);
-  const Tensor grad_input = empty_like_map(input, p);
-  dispatch_dtype(x, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    COTNET_ON_TARGET((norm_backward), p, data<scalar_t>(g), data<scalar_t>(x), data<acc_t<scalar_t>>(table), relu,
-                     mutable_data<scalar_t>(grad_input), Parallel{});
-  });
-  return grad_input;
+  return {grad_input, grad_weight, grad_bias};
 }
 
 }  // namespace
@@ -72,6 +68,5 @@ Tensor batch_norm_backward_cpu(const Tensor& grad, const Tensor& input, const Te
 STABLE_TORCH_LIBRARY_IMPL(cotnet_ext, CPU, m) {
   m.impl("batch_norm_statistics", TORCH_BOX(&cotnet::batch_norm_statistics_cpu));
   m.impl("batch_norm", TORCH_BOX(&cotnet::batch_norm_cpu));
-  m.impl("batch_norm_sums", TORCH_BOX(&cotnet::batch_norm_sums_cpu));
   m.impl("batch_norm_backward", TORCH_BOX(&cotnet::batch_norm_backward_cpu));
 }

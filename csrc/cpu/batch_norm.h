@@ -2,8 +2,9 @@
 //     z = (x - m)*a + b        y = z or max(z, 0)
 //     grad_x = a*(grad_z - c - (x - m)*d)
 // where c and d are 0 for given statistics; for those of the batch, c is the mean of grad_z and d the mean of
-// grad_z*(x - m), times 1/(variance + eps). Included once per target namespace by foreach_target.h.
-#include "cpu/map_sweep.h"
+// grad_z*(x - m), times f*f, where f = 1/sqrt(variance + eps).
+// Included once per target namespace by foreach_target.h.
+#include "cpu/norm_table.h"
 
 // NaN stays NaN.
 template <class V>
@@ -78,26 +79,33 @@ void norm_forward(const MapProblem& p, const scalar_t* x, const acc_t<scalar_t>*
     sweep(p, tables, NormForward<scalar_t, false>{x, y}, none, parallel);
 }
 
-// sums [N, 2, C].
-template <class scalar_t, class Parallel>
-void norm_sums(const MapProblem& p, const scalar_t* grad_y, const scalar_t* x, const acc_t<scalar_t>* norm, bool relu,
-               acc_t<scalar_t>* sums, const Parallel& parallel) {
-  const SweepTables<acc_t<scalar_t>> tables{norm, nullptr};
-  if (relu)
-    sweep(p, tables, NormSums<scalar_t, true>{grad_y, x}, sums, parallel);
-  else
-    sweep(p, tables, NormSums<scalar_t, false>{grad_y, x}, sums, parallel);
+template <class scalar_t, bool kRelu, class Parallel>
+void norm_backward_of(const MapProblem& p, const scalar_t* grad_y, const scalar_t* x, const NormOf<acc_t<scalar_t>>& norm,
+                      scalar_t* grad_x, acc_t<scalar_t>* grad_weight, acc_t<scalar_t>* grad_bias, const Parallel& parallel) {
+  using acc = acc_t<scalar_t>;
+  const Scratch sum_memory(size_t(2 * p.batch * p.channels) * sizeof(acc)), table_memory(size_t(5 * p.channels) * sizeof(acc));
+  acc* const sums = sum_memory.as<acc>();
+  acc* const table = table_memory.as<acc>();
+  sweep(p, SweepTables<acc>{norm.table, nullptr}, NormSums<scalar_t, kRelu>{grad_y, x}, sums, parallel);
+  for (int64_t c = 0; c < p.channels; ++c) {
+    double grad_z = 0, with_x = 0;
+    for (int64_t n = 0; n < p.batch; ++n) {
+      grad_z += double(sums[(2 * n) * p.channels + c]);
+      with_x += double(sums[(2 * n + 1) * p.channels + c]);
+    }
+    norm_backward_row(p, norm, c, grad_z, with_x, table, grad_weight, grad_bias);
+  }
+  acc* const none = nullptr;
+  sweep(p, SweepTables<acc>{table, nullptr}, NormBackward<scalar_t, kRelu>{grad_y, x, grad_x}, none, parallel);
 }
 
 template <class scalar_t, class Parallel>
-void norm_backward(const MapProblem& p, const scalar_t* grad_y, const scalar_t* x, const acc_t<scalar_t>* norm, bool relu,
-                   scalar_t* grad_x, const Parallel& parallel) {
-  const SweepTables<acc_t<scalar_t>> tables{norm, nullptr};
-  acc_t<scalar_t>* const none = nullptr;
+void norm_backward(const MapProblem& p, const scalar_t* grad_y, const scalar_t* x, const NormOf<acc_t<scalar_t>>& norm, bool relu,
+                   scalar_t* grad_x, acc_t<scalar_t>* grad_weight, acc_t<scalar_t>* grad_bias, const Parallel& parallel) {
   if (relu)
-    sweep(p, tables, NormBackward<scalar_t, true>{grad_y, x, grad_x}, none, parallel);
+    norm_backward_of<scalar_t, true>(p, grad_y, x, norm, grad_x, grad_weight, grad_bias, parallel);
   else
-    sweep(p, tables, NormBackward<scalar_t, false>{grad_y, x, grad_x}, none, parallel);
+    norm_backward_of<scalar_t, false>(p, grad_y, x, norm, grad_x, grad_weight, grad_bias, parallel);
 }
 
 // ---- statistics ------------------------------------------------------------------------------------------------------
@@ -213,9 +221,11 @@ struct Moments {
   }
 };
 
-// Mean and variance [C] (the biased one) over images and pixels, merged in order.
+// The norm [3, C] of BatchNorm with the statistics of the batch, f [C], and the variance [C] (the biased one) over images and
+// pixels, merged in order. Weight and bias [C] may be null.
 template <class scalar_t, class Parallel>
-void norm_statistics(const MapProblem& p, const scalar_t* x, acc_t<scalar_t>* mean, acc_t<scalar_t>* variance,
+void norm_statistics(const MapProblem& p, const scalar_t* x, const acc_t<scalar_t>* weight, const acc_t<scalar_t>* bias,
+                     double eps, acc_t<scalar_t>* norm, acc_t<scalar_t>* factor, acc_t<scalar_t>* variance,
                      const Parallel& parallel) {
   using acc = acc_t<scalar_t>;
   const MapCut cut = cut_map<acc>(p, kSweepElements);
@@ -233,8 +243,12 @@ void norm_statistics(const MapProblem& p, const scalar_t* x, acc_t<scalar_t>* me
           const int64_t count = (cut.end(unit, chunk) - cut.begin(unit, chunk)) / cut.pitch;
           all.add(double(count), double(own[0]), double(own[cut.pitch]));
         }
-      mean[c] = acc(all.mean);
-      variance[c] = acc(all.squares / all.count);
+      const double mean_square = all.squares / all.count, f = 1 / std::sqrt(mean_square + eps);
+      norm[c] = acc(all.mean);
+      norm[p.channels + c] = acc(weight ? f * double(weight[c]) : f);
+      norm[2 * p.channels + c] = bias ? bias[c] : acc(0);
+      factor[c] = acc(f);
+      variance[c] = acc(mean_square);
     }
   });
 }

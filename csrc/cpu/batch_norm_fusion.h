@@ -3,7 +3,7 @@
 //     s = silu((y0 - m)*a + b)        r = max((k0 - m')*a' + b', 0)        y = p0*s + p1*r
 // where p0 and p1 are the attention of a channel of an image. s and r are never in memory.
 // Included once per target namespace by foreach_target.h.
-#include "cpu/map_sweep.h"
+#include "cpu/norm_table.h"
 
 // 1/(1 + exp(-z)); the exponential is of a number that is not positive.
 template <class V>
@@ -100,26 +100,72 @@ struct FusionBackward {
   }
 };
 
-template <class scalar_t, class Parallel>
-void fusion_pool(const MapProblem& p, const scalar_t* y0, const scalar_t* k0, const acc_t<scalar_t>* norms, acc_t<scalar_t>* sums,
-                 const Parallel& parallel) {
-  sweep(p, SweepTables<acc_t<scalar_t>>{norms, nullptr}, FusionPool<scalar_t>{y0, k0}, sums, parallel);
+// Both norms one below the other, [6, C].
+template <class acc>
+void stack_norms(const MapProblem& p, const acc* dynamic, const acc* fixed, acc* to) {
+  std::copy(dynamic, dynamic + 3 * p.channels, to);
+  std::copy(fixed, fixed + 3 * p.channels, to + 3 * p.channels);
 }
+
+// means [N, C].
 template <class scalar_t, class Parallel>
-void fusion_blend(const MapProblem& p, const scalar_t* y0, const scalar_t* k0, const acc_t<scalar_t>* norms,
-                  const acc_t<scalar_t>* attention, scalar_t* y, const Parallel& parallel) {
+void fusion_pool(const MapProblem& p, const scalar_t* y0, const scalar_t* k0, const acc_t<scalar_t>* y0_norm,
+                 const acc_t<scalar_t>* k0_norm, acc_t<scalar_t>* means, const Parallel& parallel) {
   using acc = acc_t<scalar_t>;
-  sweep(p, SweepTables<acc>{norms, attention}, FusionBlend<scalar_t>{y0, k0, y}, static_cast<acc*>(nullptr), parallel);
+  const Scratch memory(size_t(6 * p.channels) * sizeof(acc));
+  stack_norms(p, y0_norm, k0_norm, memory.as<acc>());
+  sweep(p, SweepTables<acc>{memory.as<acc>(), nullptr}, FusionPool<scalar_t>{y0, k0}, means, parallel);
+  for (int64_t i = 0; i < p.batch * p.channels; ++i) means[i] /= acc(p.plane);
 }
+
 template <class scalar_t, class Parallel>
-void fusion_sums(const MapProblem& p, const scalar_t* grad_y, const scalar_t* y0, const scalar_t* k0, const acc_t<scalar_t>* norms,
-                 acc_t<scalar_t>* sums, const Parallel& parallel) {
-  sweep(p, SweepTables<acc_t<scalar_t>>{norms, nullptr}, FusionSums<scalar_t>{grad_y, y0, k0}, sums, parallel);
-}
-template <class scalar_t, class Parallel>
-void fusion_backward(const MapProblem& p, const scalar_t* grad_y, const scalar_t* y0, const acc_t<scalar_t>* norm,
-                     const acc_t<scalar_t>* attention, scalar_t* grad_y0, scalar_t* grad_r, const Parallel& parallel) {
+void fusion_blend(const MapProblem& p, const scalar_t* y0, const scalar_t* k0, const acc_t<scalar_t>* y0_norm,
+                  const acc_t<scalar_t>* k0_norm, const acc_t<scalar_t>* attention, scalar_t* y, const Parallel& parallel) {
   using acc = acc_t<scalar_t>;
-  sweep(p, SweepTables<acc>{norm, attention}, FusionBackward<scalar_t>{grad_y, y0, grad_y0, grad_r}, static_cast<acc*>(nullptr),
-        parallel);
+  const Scratch memory(size_t(6 * p.channels) * sizeof(acc));
+  stack_norms(p, y0_norm, k0_norm, memory.as<acc>());
+  acc* const none = nullptr;
+  sweep(p, SweepTables<acc>{memory.as<acc>(), attention}, FusionBlend<scalar_t>{y0, k0, y}, none, parallel);
+}
+
+// sums [N, 6, C].
+template <class scalar_t, class Parallel>
+void fusion_sums(const MapProblem& p, const scalar_t* grad_y, const scalar_t* y0, const scalar_t* k0,
+                 const acc_t<scalar_t>* y0_norm, const acc_t<scalar_t>* k0_norm, acc_t<scalar_t>* sums, const Parallel& parallel) {
+  using acc = acc_t<scalar_t>;
+  const Scratch memory(size_t(6 * p.channels) * sizeof(acc));
+  stack_norms(p, y0_norm, k0_norm, memory.as<acc>());
+  sweep(p, SweepTables<acc>{memory.as<acc>(), nullptr}, FusionSums<scalar_t>{grad_y, y0, k0}, sums, parallel);
+}
+
+// attention [N, 2, C] and pooled [N, C], the gradient that the pooling hands to every pixel, below each other for each image.
+template <class acc>
+void stack_attention(const MapProblem& p, const acc* attention, const acc* pooled, acc* to) {
+  for (int64_t n = 0; n < p.batch; ++n) {
+    std::copy(attention + 2 * n * p.channels, attention + (2 * n + 2) * p.channels, to + 3 * n * p.channels);
+    std::copy(pooled + n * p.channels, pooled + (n + 1) * p.channels, to + (3 * n + 2) * p.channels);
+  }
+}
+
+template <class scalar_t, class Parallel>
+void fusion_backward(const MapProblem& p, const scalar_t* grad_y, const scalar_t* y0, const NormOf<acc_t<scalar_t>>& norm,
+                     const acc_t<scalar_t>* attention, const acc_t<scalar_t>* pooled, const acc_t<scalar_t>* sums,
+                     scalar_t* grad_y0, scalar_t* grad_r, acc_t<scalar_t>* grad_weight, acc_t<scalar_t>* grad_bias,
+                     const Parallel& parallel) {
+  using acc = acc_t<scalar_t>;
+  const Scratch table_memory(size_t(5 * p.channels) * sizeof(acc)), image_memory(size_t(3 * p.batch * p.channels) * sizeof(acc));
+  acc* const table = table_memory.as<acc>();
+  for (int64_t c = 0; c < p.channels; ++c) {
+    double grad_z = 0, with_x = 0;
+    for (int64_t n = 0; n < p.batch; ++n) {
+      const double p0 = double(attention[2 * n * p.channels + c]), q = double(pooled[n * p.channels + c]);
+      const acc* const own = sums + 6 * n * p.channels + c;
+      grad_z += p0 * double(own[2 * p.channels]) + q * double(own[3 * p.channels]);
+      with_x += p0 * double(own[4 * p.channels]) + q * double(own[5 * p.channels]);
+    }
+    norm_backward_row(p, norm, c, grad_z, with_x, table, grad_weight, grad_bias);
+  }
+  stack_attention(p, attention, pooled, image_memory.as<acc>());
+  acc* const none = nullptr;
+  sweep(p, SweepTables<acc>{table, image_memory.as<acc>()}, FusionBackward<scalar_t>{grad_y, y0, grad_y0, grad_r}, none, parallel);
 }

@@ -181,6 +181,12 @@ Tensor channel_table(const char* name, const Tensor& table, const Tensor& map, c
   return torch::stable::contiguous(table);
 }
 
+std::optional<Tensor> optional_table(const char* name, const std::optional<Tensor>& table, const Tensor& map,
+                                     const Sizes& expected) {
+  if (!table) return std::nullopt;
+  return channel_table(name, *table, map, expected);
+}
+
 void check_alike(const std::vector<std::pair<const char*, const Tensor*>>& tensors) {
   const auto& [first_name, first] = tensors.front();
   const ScalarType dtype = first->scalar_type();

@@ -43,6 +43,7 @@ void check_fusion_logits(const Tensor& dynamic, const Tensor& logits, const MapP
 // Numbers of channels that go with maps: of the type that sums have, on their device. Contiguous in what is returned.
 ScalarType acc_dtype(const Tensor& map);
 Tensor channel_table(const char* name, const Tensor& table, const Tensor& map, const Sizes& expected);
+std::optional<Tensor> optional_table(const char* name, const std::optional<Tensor>& table, const Tensor& map, const Sizes& expected);
 
 // All tensors share dtype and device with the first.
 void check_alike(const std::vector<std::pair<const char*, const Tensor*>>& tensors);
