@@ -148,7 +148,9 @@ def norm_of(module: nn.BatchNorm2d, x: Tensor, weight: Tensor | None, bias: Tens
     weight = None if weight is None else weight.to(wide)
     bias = None if bias is None else bias.to(wide)
     if uses_batch(module):
-        table, factor, variance = _ops.batch_norm_statistics(x, weight, bias, module.eps)
+        table, factor, variance = _ops.below_autograd(
+            _ops.batch_norm_statistics, x, weight, bias, module.eps
+        )
         update_running(module, table[0], variance, x.numel() // x.shape[1])
         return Norm(table, factor, True)
     mean = module.running_mean.to(wide)

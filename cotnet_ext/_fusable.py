@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ._batch_norm import uses_batch
+from ._layer_parameters import OF_BATCH_NORMS, parameters_of
 from ._plain import why_not_plain
 
+_TENSORS = (Tensor, nn.Parameter)
 _log = logging.getLogger("cotnet_ext")
 
 
@@ -47,7 +49,7 @@ def _why_not_now(input: Tensor) -> str | None:
         return "it runs under torch.func"
     if forward_ad._current_level >= 0:
         return "it runs in forward mode"
-    if type(input) not in (Tensor, nn.Parameter):
+    if type(input) not in _TENSORS:
         return f"its input is a {type(input).__name__}"
     if input.device.type not in ("cpu", "cuda"):
         return f"its input is on {input.device}"
@@ -110,22 +112,21 @@ def _why_not_typed(layer: nn.Module, input: Tensor) -> str | None:
         return f"its input is {input.dtype}"
     kind = input.device.type
     casts = torch.is_autocast_enabled(kind) and input.dtype != torch.float64
-    found = input.requires_grad
-    for name, tensor in layer.named_parameters():
-        found = found or tensor.requires_grad
-        if type(tensor) not in (Tensor, nn.Parameter):
-            return f"{name} is a {type(tensor).__name__}"
+    parameters = parameters_of(layer)
+    for name, tensor in zip(parameters._fields, parameters, strict=True):
+        if tensor is None:
+            continue
+        if type(tensor) not in _TENSORS:
+            return f"its {name} is a {type(tensor).__name__}"
         if tensor.device != input.device:
-            return f"{name} is on {tensor.device}"
+            return f"its {name} is on {tensor.device}"
         if tensor.dtype == input.dtype or casts:
             continue
-        if tensor.dtype != torch.float32 or not _is_of_batch_norm(layer, name):
-            return f"{name} is {tensor.dtype}"
-    return None if found else "nothing in it needs a gradient"
-
-
-def _is_of_batch_norm(layer: nn.Module, name: str) -> bool:
-    return isinstance(layer.get_submodule(name.rpartition(".")[0]), nn.BatchNorm2d)
+        if tensor.dtype != torch.float32 or name not in OF_BATCH_NORMS:
+            return f"its {name} is {tensor.dtype}, not {input.dtype}"
+    if not input.requires_grad and not any(t is not None and t.requires_grad for t in parameters):
+        return "nothing in it needs a gradient"
+    return None
 
 
 def _why_not_counted(layer: nn.Module, input: Tensor) -> str | None:

@@ -19,8 +19,6 @@ What this cannot honour takes the composed layer: see `_fusable`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -28,52 +26,9 @@ from torch.nn import functional as F
 
 from . import _ops
 from ._batch_norm import Norm, norm_of, update_running, uses_batch
+from ._layer_parameters import SELECTION, Parameters, parameters_of
+from ._ops import below_autograd as _run
 from ._products import Products
-
-
-class Parameters(NamedTuple):
-    """What a layer learns, in the order of its `state_dict`; None where a norm has none."""
-
-    key: Tensor
-    key_weight: Tensor | None
-    key_bias: Tensor | None
-    join: Tensor
-    hidden_weight: Tensor | None
-    hidden_bias: Tensor | None
-    expand: Tensor
-    expand_bias: Tensor | None
-    group_weight: Tensor | None
-    group_bias: Tensor | None
-    value: Tensor
-    value_weight: Tensor | None
-    value_bias: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    squeeze: Tensor
-    squeeze_bias: Tensor | None
-    select_weight: Tensor | None
-    select_bias: Tensor | None
-    excite: Tensor
-    excite_bias: Tensor | None
-
-
-SELECTION = slice(Parameters._fields.index("squeeze"), None)  # the parameters of `se`
-
-
-def parameters_of(layer: nn.Module) -> Parameters:
-    key, key_norm, _ = layer.key_embed
-    join, hidden_norm, _, expand, group_norm = layer.embed
-    value, value_norm = layer.conv1x1
-    squeeze, select_norm, _, excite = layer.se
-    return Parameters(
-        key.weight, key_norm.weight, key_norm.bias,
-        join.weight, hidden_norm.weight, hidden_norm.bias,
-        expand.weight, expand.bias, group_norm.weight, group_norm.bias,
-        value.weight, value_norm.weight, value_norm.bias,
-        layer.bn.weight, layer.bn.bias,
-        squeeze.weight, squeeze.bias, select_norm.weight, select_norm.bias,
-        excite.weight, excite.bias,
-    )  # fmt: skip
 
 
 def fused_layer(layer: nn.Module, input: Tensor) -> Tensor:
@@ -176,9 +131,9 @@ class _Layer(Function):
         dynamic0, statistics = steps.aggregate(value0, value_norm, weight)
         norm = norm_of(layer.bn, dynamic0, p.weight, p.bias)
         contexts = dynamic0, static0, norm.table, key_norm.table
-        pooled = _ops.batch_norm_fusion_pool(*contexts)
+        pooled = _run(_ops.batch_norm_fusion_pool, *contexts)
         ctx.selection = _Selection(layer.se, pooled, parameters[SELECTION])
-        result = _ops.batch_norm_fusion(*contexts, ctx.selection.attention)
+        result = _run(_ops.batch_norm_fusion, *contexts, ctx.selection.attention)
         ctx.norms = (key_norm, hidden_norm, value_norm, norm)
         ctx.save_for_backward(
             input, *parameters, static0, hidden0, value0, weight, dynamic0, *statistics
@@ -237,7 +192,7 @@ class _Forward:
 
     def hidden_and_value(self, x: Tensor, static0: Tensor, key_norm: Norm):
         p, layer = self.p, self.layer
-        static = _ops.batch_norm(static0, key_norm.table, True)
+        static = _run(_ops.batch_norm, static0, key_norm.table, True)
         columns = layer._split(p.join.flatten(1).to(self.dtype))
         hidden0 = self.products.forward([x, static], columns)
         del static
@@ -248,16 +203,21 @@ class _Forward:
 
     def weights(self, hidden0: Tensor, hidden_norm: Norm) -> Tensor:
         p = self.p
-        hidden = _ops.batch_norm(hidden0, hidden_norm.table, True)
+        hidden = _run(_ops.batch_norm, hidden0, hidden_norm.table, True)
         bias = None if p.expand_bias is None else p.expand_bias.to(self.dtype)
         return self.products.forward([hidden], [p.expand.flatten(1).to(self.dtype)], bias)
 
     def aggregate(self, value0: Tensor, value_norm: Norm, weight: Tensor):
         layer = self.layer
-        value = layer._to_shared(_ops.batch_norm(value0, value_norm.table, False))
+        value = layer._to_shared(_run(_ops.batch_norm, value0, value_norm.table, False))
         affine = _cast(self.p.group_weight, self.dtype), _cast(self.p.group_bias, self.dtype)
-        aggregated, *statistics = _ops.group_norm_aggregation(
-            value, layer._per_tap(weight), *affine, layer.embed[4].eps, *layer.local_conv.pairs
+        aggregated, *statistics = _run(
+            _ops.group_norm_aggregation,
+            value,
+            layer._per_tap(weight),
+            *affine,
+            layer.embed[4].eps,
+            *layer.local_conv.pairs,
         )
         return layer._from_shared(aggregated), statistics
 
@@ -321,24 +281,37 @@ class _Backward:
     def _fusion(self) -> tuple[Tensor, Tensor]:
         """Gradients of the dynamic context before its norm, and of the static one after it."""
         norm, attention = self.norm, self.selection.attention
-        sums = _ops.batch_norm_fusion_sums(
-            self.grad, self.dynamic0, self.static0, norm.table, self.key_norm.table
+        sums = _run(
+            _ops.batch_norm_fusion_sums,
+            self.grad,
+            self.dynamic0,
+            self.static0,
+            norm.table,
+            self.key_norm.table,
         )
         found = self.selection.backward(sums[:, :2], self.needs[SELECTION])
         self.found.update(zip(Parameters._fields[SELECTION], found[1:], strict=True))
         pooled = found[0] / (self.x.shape[2] * self.x.shape[3])
-        *grads, self.found["weight"], self.found["bias"] = _ops.batch_norm_fusion_backward(
-            self.grad, self.dynamic0, norm.table, norm.factor, attention, pooled, sums, norm.batch
+        *grads, self.found["weight"], self.found["bias"] = _run(
+            _ops.batch_norm_fusion_backward,
+            self.grad,
+            self.dynamic0,
+            norm.table,
+            norm.factor,
+            attention,
+            pooled,
+            sums,
+            norm.batch,
         )
         del self.grad, self.dynamic0
         return grads
 
     def _aggregation(self, grad_dynamic: Tensor) -> tuple[Tensor, Tensor]:
         layer, p = self.layer, self.p
-        value = layer._to_shared(_ops.batch_norm(self.value0, self.value_norm.table, False))
+        value = layer._to_shared(_run(_ops.batch_norm, self.value0, self.value_norm.table, False))
         mask = (True, True, self.needs.group_weight, self.needs.group_bias)
-        grad_value, grad_weight, *of_norm = _ops.group_norm_aggregation_backward(
-            layer._to_shared(grad_dynamic), value, layer._per_tap(self.weight), *self.statistics,
+        grad_value, grad_weight, *of_norm = _run(
+            _ops.group_norm_aggregation_backward, layer._to_shared(grad_dynamic), value, layer._per_tap(self.weight), *self.statistics,
             _cast(p.group_weight, self.dtype), _cast(p.group_bias, self.dtype),
             *layer.local_conv.pairs, mask, layer.embed[4].eps,
         )  # fmt: skip
@@ -349,7 +322,7 @@ class _Backward:
     def _weights(self, grad_weight: Tensor) -> Tensor:
         """Through the second convolution of `embed` and the norm before it."""
         if self.needs.expand:
-            hidden = _ops.batch_norm(self.hidden0, self.hidden_norm.table, True)
+            hidden = _run(_ops.batch_norm, self.hidden0, self.hidden_norm.table, True)
             self.found["expand"] = self.products.grad_weight(grad_weight, hidden)
             del hidden
         if self.needs.expand_bias:
@@ -359,8 +332,8 @@ class _Backward:
         return self._norm("hidden", self.hidden0, self.hidden_norm, grad_hidden, True)
 
     def _norm(self, name: str, x: Tensor, norm: Norm, grad: Tensor, relu: bool) -> Tensor:
-        grad_x, weight, bias = _ops.batch_norm_backward(
-            grad, x, norm.table, norm.factor, relu, norm.batch
+        grad_x, weight, bias = _run(
+            _ops.batch_norm_backward, grad, x, norm.table, norm.factor, relu, norm.batch
         )
         self.found[f"{name}_weight"], self.found[f"{name}_bias"] = weight, bias
         return grad_x
@@ -371,7 +344,7 @@ class _Backward:
         self.products.grad_map([grad_hidden0], [columns[1]], grad_static)
         grad_columns = None
         if self.needs.join:
-            static = _ops.batch_norm(self.static0, self.key_norm.table, True)
+            static = _run(_ops.batch_norm, self.static0, self.key_norm.table, True)
             grad_columns = self.products.grad_weight(grad_hidden0, static)
         return grad_static, (columns[0], grad_columns)
 
