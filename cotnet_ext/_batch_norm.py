@@ -44,10 +44,12 @@ def _contexts(dynamic, static, norm, static_norm) -> tuple[Tensor, Tensor]:
 
 
 def defined_batch_norm_statistics(input, weight, bias, eps):
-    """The norm `[3, C]` of the batch, its factor `[C]` and its variance `[C]`, the biased one."""
+    """The norm `[3, C]` of the batch, its factor `[C]` and its variance `[C]`, the biased one. Mean
+    and variance of nothing are 0."""
     x = _wide(input)
-    mean = x.mean((0, 2, 3))
-    variance = (x - mean[:, None, None]).square().mean((0, 2, 3))
+    count = max(x.numel() // max(x.shape[1], 1), 1)
+    mean = x.sum((0, 2, 3)) / count
+    variance = (x - mean[:, None, None]).square().sum((0, 2, 3)) / count
     factor = (variance + eps).rsqrt()
     scale = factor if weight is None else factor * weight
     shift = torch.zeros_like(mean) if bias is None else bias

@@ -311,7 +311,8 @@ class _Backward:
         value = layer._to_shared(_run(_ops.batch_norm, self.value0, self.value_norm.table, False))
         mask = (True, True, self.needs.group_weight, self.needs.group_bias)
         grad_value, grad_weight, *of_norm = _run(
-            _ops.group_norm_aggregation_backward, layer._to_shared(grad_dynamic), value, layer._per_tap(self.weight), *self.statistics,
+            _ops.group_norm_aggregation_backward,
+            layer._to_shared(grad_dynamic), value, layer._per_tap(self.weight), *self.statistics,
             _cast(p.group_weight, self.dtype), _cast(p.group_bias, self.dtype),
             *layer.local_conv.pairs, mask, layer.embed[4].eps,
         )  # fmt: skip

@@ -97,6 +97,54 @@ def _gate_backward(s: Sampler) -> Arguments:
     return grad, logits, value, [True] * 2
 
 
+def _table(s: Sampler, *shape: int) -> torch.Tensor:
+    """Positive numbers in the type of sums."""
+    dtype = torch.float64 if s.dtype == torch.float64 else torch.float32
+    generator = torch.Generator().manual_seed(sum(shape))
+    numbers = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+    return numbers.to(dtype).to(s.device).requires_grad_()
+
+
+def _statistics(s: Sampler) -> Arguments:
+    _, x, *_ = s.tensors(FUSION)
+    return x, _table(s, x.shape[1]), _table(s, x.shape[1]), EPS
+
+
+def _batch_norm(s: Sampler) -> Arguments:
+    _, x, *_ = s.tensors(FUSION)
+    return x, _table(s, 3, x.shape[1]), True
+
+
+def _batch_norm_backward(s: Sampler) -> Arguments:
+    grad, x, *_ = s.tensors(FUSION)
+    return grad, x, _table(s, 3, x.shape[1]), _table(s, x.shape[1]), True, True
+
+
+def _contexts(s: Sampler) -> Arguments:
+    _, dynamic, static, _ = s.tensors(FUSION)
+    return dynamic, static, _table(s, 3, dynamic.shape[1]), _table(s, 3, dynamic.shape[1])
+
+
+def _fusion(s: Sampler) -> Arguments:
+    contexts = _contexts(s)
+    n, c = contexts[0].shape[:2]
+    return *contexts, _table(s, n, 2, c)
+
+
+def _fusion_sums(s: Sampler) -> Arguments:
+    grad, *_ = s.tensors(FUSION)
+    return grad, *_contexts(s)
+
+
+def _fusion_backward(s: Sampler) -> Arguments:
+    grad, dynamic, static, norm, static_norm = _fusion_sums(s)
+    n, c = dynamic.shape[:2]
+    arguments = without_grad((grad, dynamic, static, norm, static_norm))
+    sums = operator("batch_norm_fusion_sums")(*arguments).requires_grad_()
+    factor, attention, pooled = _table(s, c), _table(s, n, 2, c), _table(s, n, c)
+    return grad, dynamic, norm, factor, attention, pooled, sums, True
+
+
 SAMPLES: dict[str, Callable[[Sampler], Arguments]] = {
     "local_aggregation": lambda s: s.forward(LOCAL),
     "local_aggregation_grad_input": _local_grad_input,
@@ -110,6 +158,13 @@ SAMPLES: dict[str, Callable[[Sampler], Arguments]] = {
     "spatial_softmax_gate_backward": _gate_backward,
     "context_fusion": lambda s: s.forward(FUSION),
     "context_fusion_backward": lambda s: s.backward(FUSION, 3),
+    "batch_norm_statistics": _statistics,
+    "batch_norm": _batch_norm,
+    "batch_norm_backward": _batch_norm_backward,
+    "batch_norm_fusion_pool": _contexts,
+    "batch_norm_fusion": _fusion,
+    "batch_norm_fusion_sums": _fusion_sums,
+    "batch_norm_fusion_backward": _fusion_backward,
     "build_info": lambda s: (),
 }
 

@@ -110,101 +110,93 @@ void norm_backward(const MapProblem& p, const scalar_t* grad_y, const scalar_t* 
 
 // ---- statistics ------------------------------------------------------------------------------------------------------
 
-// A chunk is read twice, the second time from the cache: first for its mean, then for its squares around that mean.
-template <class scalar_t>
-struct ChunkSum {
-  using acc = acc_t<scalar_t>;
-  static constexpr int kCoefficients = 0, kImageCoefficients = 0, kSums = 1;
-  const scalar_t* x;
-
-  template <class Vector>
-  COTNET_INLINE void operator()(const Vector& vector, int64_t at, const Vec<acc>*, Vec<acc>* sum) const {
-    *sum += vector.fresh(vector.read(x + at));
+// A chunk is read twice, the second time from the cache: first for its mean, then for the squares around that mean. The mean is
+// rounded, so the second turn also adds up what is left of it.
+template <class acc>
+struct ChunkSums {
+  Vec<acc> mean, rest, squares;
+};
+struct MeanTurn {
+  template <class acc>
+  COTNET_INLINE void operator()(ChunkSums<acc>& sums, Vec<acc> x) const {
+    sums.mean += x;
   }
 };
-template <class scalar_t>
-struct ChunkSquares {
-  using acc = acc_t<scalar_t>;
-  const scalar_t* x;
-
-  template <class Vector>
-  COTNET_INLINE void operator()(const Vector& vector, int64_t at, Vec<acc> mean, Vec<acc>& squares) const {
-    const Vec<acc> centred = vector.fresh(vector.read(x + at) - mean);
-    squares += centred * centred;
+struct SquaresTurn {
+  template <class acc>
+  COTNET_INLINE void operator()(ChunkSums<acc>& sums, Vec<acc> x) const {
+    sums.rest += x;
+    sums.squares += x * x;
   }
 };
 
-// The bodies of for_plane and for_pixels for both.
-template <class scalar_t>
+// The bodies of for_plane and for_pixels. The first turn finds means of zero.
+template <class scalar_t, class Turn>
 struct PlaneStatistics {
   using acc = acc_t<scalar_t>;
   const scalar_t* x;
-  Vec<acc> mean, sum;
-  bool squares;
+  ChunkSums<acc> sums;
+  Vec<acc> mean;
 
   template <class Vector>
   COTNET_INLINE void operator()(const Vector& vector, int64_t at, int64_t) {
-    if (squares)
-      ChunkSquares<scalar_t>{x}(vector, at, mean, sum);
-    else
-      ChunkSum<scalar_t>{x}(vector, at, nullptr, &sum);
+    Turn()(sums, vector.fresh(vector.read(x + at) - mean));
   }
 };
-template <class scalar_t>
+template <class scalar_t, class Turn>
 struct ImageStatistics {
   using acc = acc_t<scalar_t>;
   const scalar_t* x;
-  const Vec<acc>* means;  // null in the first turn
-  Vec<acc>* sums;
+  ChunkSums<acc>* sums;
 
   template <class Vector>
   COTNET_INLINE void operator()(const Vector& vector, int64_t k, int64_t at) {
-    if (means)
-      ChunkSquares<scalar_t>{x}(vector, at, means[k], sums[k]);
-    else
-      ChunkSum<scalar_t>{x}(vector, at, nullptr, sums + k);
+    Vec<acc> value = vector.read(x + at);
+    if constexpr (std::is_same_v<Turn, SquaresTurn>) value -= sums[k].mean;
+    Turn()(sums[k], vector.fresh(value));
   }
 };
 
-// The mean of a chunk, and the sum of the squares around it, [2, pitch].
+constexpr int kStatistics = 3;  // of a chunk: its mean, the mean of what is left of it, the sum of squares
+
 template <class scalar_t>
-void chunk_statistics(const MapCut& cut, const scalar_t* x, int64_t begin, int64_t end, Vec<acc_t<scalar_t>>* memory,
-                      acc_t<scalar_t>* partial) {
+void chunk_statistics(const MapCut& cut, const scalar_t* x, int64_t begin, int64_t end, ChunkSums<acc_t<scalar_t>>* memory,
+                      acc_t<scalar_t>* partial /* [kStatistics, pitch] */) {
   using acc = acc_t<scalar_t>;
   const acc count = acc(std::max<int64_t>((end - begin) / cut.pitch, 1));
   if (!cut.channels_last) {
-    PlaneStatistics<scalar_t> body{x, {}, {}, false};
-    for_plane<acc>(begin, end, body);
-    body.mean = sum_everywhere<acc>(body.sum) / count;
-    body.sum = Vec<acc>{};
-    body.squares = true;
-    for_plane<acc>(begin, end, body);
-    partial[0] = body.mean[0];
-    partial[1] = sum_everywhere<acc>(body.sum)[0];
+    PlaneStatistics<scalar_t, MeanTurn> first{x, {}, {}};
+    for_plane<acc>(begin, end, first);
+    const Vec<acc> mean = sum_everywhere<acc>(first.sums.mean) / count;
+    PlaneStatistics<scalar_t, SquaresTurn> second{x, {}, mean};
+    for_plane<acc>(begin, end, second);
+    partial[0] = mean[0];
+    partial[1] = sum_everywhere<acc>(second.sums.rest)[0] / count;
+    partial[2] = sum_everywhere<acc>(second.sums.squares)[0];
     return;
   }
-  Vec<acc>* const means = memory;
-  Vec<acc>* const squares = memory + cut.vectors;
-  for (int64_t k = 0; k < 2 * cut.vectors; ++k) memory[k] = Vec<acc>{};
-  ImageStatistics<scalar_t> first{x, nullptr, means};
+  for (int64_t k = 0; k < cut.vectors; ++k) memory[k] = {};
+  ImageStatistics<scalar_t, MeanTurn> first{x, memory};
   for_pixels<acc>(cut.pitch, begin, end, first);
-  for (int64_t k = 0; k < cut.vectors; ++k) means[k] = means[k] / count;
-  ImageStatistics<scalar_t> second{x, means, squares};
+  for (int64_t k = 0; k < cut.vectors; ++k) memory[k].mean = memory[k].mean / count;
+  ImageStatistics<scalar_t, SquaresTurn> second{x, memory};
   for_pixels<acc>(cut.pitch, begin, end, second);
   for (int64_t k = 0; k < cut.vectors; ++k) {
-    const int64_t c = first_channel<acc>(cut.pitch, k);
-    store_upto(partial + c, means[k], cut.pitch);
-    store_upto(partial + cut.pitch + c, squares[k], cut.pitch);
+    acc* const own = partial + first_channel<acc>(cut.pitch, k);
+    store_upto(own, memory[k].mean, cut.pitch);
+    store_upto(own + cut.pitch, memory[k].rest / count, cut.pitch);
+    store_upto(own + 2 * cut.pitch, memory[k].squares, cut.pitch);
   }
 }
 
 template <class scalar_t>
 void statistics_of_chunks(const MapCut& cut, const scalar_t* x, acc_t<scalar_t>* partial, int64_t first, int64_t last) {
-  using acc = acc_t<scalar_t>;
-  const Scratch memory(cut.channels_last ? size_t(2 * cut.vectors) * sizeof(Vec<acc>) : 0);
+  using Sums = ChunkSums<acc_t<scalar_t>>;
+  const Scratch memory(cut.channels_last ? size_t(cut.vectors) * sizeof(Sums) : 0);
   for (int64_t t = first; t < last; ++t) {
     const int64_t unit = t / cut.chunks, chunk = t % cut.chunks;
-    chunk_statistics(cut, x, cut.begin(unit, chunk), cut.end(unit, chunk), memory.as<Vec<acc>>(), partial + 2 * t * cut.pitch);
+    acc_t<scalar_t>* const own = partial + kStatistics * t * cut.pitch;
+    chunk_statistics(cut, x, cut.begin(unit, chunk), cut.end(unit, chunk), memory.as<Sums>(), own);
   }
 }
 
@@ -222,14 +214,14 @@ struct Moments {
 };
 
 // The norm [3, C] of BatchNorm with the statistics of the batch, f [C], and the variance [C] (the biased one) over images and
-// pixels, merged in order. Weight and bias [C] may be null.
+// pixels, merged in order; of nothing they are 0. Weight and bias [C] may be null.
 template <class scalar_t, class Parallel>
 void norm_statistics(const MapProblem& p, const scalar_t* x, const acc_t<scalar_t>* weight, const acc_t<scalar_t>* bias,
                      double eps, acc_t<scalar_t>* norm, acc_t<scalar_t>* factor, acc_t<scalar_t>* variance,
                      const Parallel& parallel) {
   using acc = acc_t<scalar_t>;
   const MapCut cut = cut_map<acc>(p, kSweepElements);
-  const Scratch memory(size_t(2 * cut.units * cut.chunks * cut.pitch) * sizeof(acc));
+  const Scratch memory(size_t(kStatistics * cut.units * cut.chunks * cut.pitch) * sizeof(acc));
   acc* const partial = memory.as<acc>();
   parallel(cut.units * cut.chunks, kSweepWork * cut.pixels * cut.pitch,
            [&](int64_t first, int64_t last) { statistics_of_chunks(cut, x, partial, first, last); });
@@ -239,11 +231,11 @@ void norm_statistics(const MapProblem& p, const scalar_t* x, const acc_t<scalar_
       for (int64_t n = 0; n < p.batch; ++n)
         for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
           const int64_t unit = cut.channels_last ? n : n * p.channels + c;
-          const acc* const own = partial + 2 * (unit * cut.chunks + chunk) * cut.pitch + (cut.channels_last ? c : 0);
-          const int64_t count = (cut.end(unit, chunk) - cut.begin(unit, chunk)) / cut.pitch;
-          all.add(double(count), double(own[0]), double(own[cut.pitch]));
+          const acc* const own = partial + kStatistics * (unit * cut.chunks + chunk) * cut.pitch + (cut.channels_last ? c : 0);
+          const double count = double((cut.end(unit, chunk) - cut.begin(unit, chunk)) / cut.pitch), rest = double(own[cut.pitch]);
+          all.add(count, double(own[0]) + rest, double(own[2 * cut.pitch]) - rest * rest * count);
         }
-      const double mean_square = all.squares / all.count, f = 1 / std::sqrt(mean_square + eps);
+      const double mean_square = all.squares / std::max(all.count, 1.0), f = 1 / std::sqrt(mean_square + eps);
       norm[c] = acc(all.mean);
       norm[p.channels + c] = acc(weight ? f * double(weight[c]) : f);
       norm[2 * p.channels + c] = bias ? bias[c] : acc(0);
