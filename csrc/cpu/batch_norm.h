@@ -175,7 +175,7 @@ void chunk_statistics(const MapCut& cut, const scalar_t* x, int64_t begin, int64
     partial[2] = sum_everywhere<acc>(second.sums.squares)[0];
     return;
   }
-  for (int64_t k = 0; k < cut.vectors; ++k) memory[k] = {};
+  for (int64_t k = 0; k < cut.vectors; ++k) memory[k] = ChunkSums<acc>{};
   ImageStatistics<scalar_t, MeanTurn> first{x, memory};
   for_pixels<acc>(cut.pitch, begin, end, first);
   for (int64_t k = 0; k < cut.vectors; ++k) memory[k].mean = memory[k].mean / count;
