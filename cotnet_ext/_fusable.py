@@ -137,3 +137,17 @@ def _why_not_counted(layer: nn.Module, input: Tensor) -> str | None:
     if uses_batch(layer.se[1]) and n == 1 or n * h * w == 1 and any(map(uses_batch, norms)):
         return "a BatchNorm has one value for each channel"
     return None
+
+
+def explain(model: nn.Module) -> dict[str, str | None]:
+    """Why each contextual layer of `model` is composed in a training step, by its name; None for
+    those that are one function. Taken for a batch of their dtype and on their device."""
+    reasons = {}
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "_parts"):
+            continue
+        weight = next(layer.parameters())
+        batch = torch.empty(2, layer.dim, 4, 4, dtype=weight.dtype, device=weight.device)
+        with torch.enable_grad():
+            reasons[name] = why_not_fusable(layer, batch)
+    return reasons

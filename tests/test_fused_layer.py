@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from cotnet_ext import modules, reference
-from cotnet_ext._fusable import is_fusable, why_not_fusable
+from cotnet_ext import cli, modules, reference
+from cotnet_ext._fusable import explain, is_fusable, why_not_fusable
 
 CONTEXTUAL = ("cot", "coxt")
 each_layer = pytest.mark.parametrize("name", CONTEXTUAL)
@@ -147,6 +147,21 @@ def test_other_circumstances(name):
     with torch.autograd.forward_ad.dual_level():
         seen.append(why_not_fusable(layer, x))
     assert seen == ["it runs under torch.func", "it runs in forward mode"]
+
+
+def test_a_network_is_explained():
+    model = nn.Sequential(build(modules, "cot"), nn.ReLU(), build(modules, "coxt"))
+    model[2].act = nn.GELU()
+    assert explain(model) == {"0": None, "2": "act is a GELU, not a SiLU"}
+
+
+def test_the_command_explains(capsys):
+    assert cli.main(["info", "--explain", "cotnet50"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 16  # blocks of the network
+    assert all(line.split() == [line.split()[0], "fused"] for line in lines)
+    assert cli.main(["info", "--explain", "cotnet5"]) == 2
+    assert "cotnet50" in capsys.readouterr().err
 
 
 # --- numbers -------------------------------------------------------------------------------------

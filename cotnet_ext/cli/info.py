@@ -6,15 +6,41 @@ import argparse
 import json
 import sys
 
-from .command import Command
+from .command import Command, UsageError
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for other programs to read")
+    parser.add_argument(
+        "--explain",
+        metavar="MODEL",
+        help="for each contextual layer of a network, whether a training step of it is one "
+        "function, and why not; for a model of yours: set the logger cotnet_ext to DEBUG",
+    )
+
+
+def _explain(name: str, as_json: bool) -> int:
+    """Prints which path a training step of each contextual layer of a network takes."""
+    from .._fusable import explain
+    from ..models import create_model
+
+    try:
+        reasons = explain(create_model(name))
+    except ValueError as error:
+        raise UsageError(f"--explain: {error}") from None
+    if as_json:
+        print(json.dumps(reasons, indent=2))
+        return 0
+    width = max(map(len, reasons))
+    for layer, reason in reasons.items():
+        print(f"{layer:<{width}}  {f'composed: {reason}' if reason else 'fused'}")
+    return 0
 
 
 def _run(arguments: argparse.Namespace) -> int:
     """Prints what was built, and the PyTorch it runs in."""
+    if arguments.explain:
+        return _explain(arguments.explain, arguments.json)
     import torch
 
     from .._ops import build_info
