@@ -75,13 +75,13 @@ def in_layout(args: list, layout: torch.memory_format) -> list:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("name", _ops.BATCH_NORM)
-def test_values(name, dtype, layout, shape, poisoned_memory):
+def test_defined_values(name, dtype, layout, shape, poisoned_memory):
     assert_defined(name, in_layout(arguments(name, shape, dtype), layout), dtype)
 
 
 @pytest.mark.parametrize("batch", [True, False])
 @pytest.mark.parametrize("relu", [True, False])
-def test_flags(relu, batch):
+def test_defined_for_flags(relu, batch):
     shape = (2, 20, 9, 7)
     x, norm, _ = arguments("batch_norm", shape, torch.float64)
     assert_defined("batch_norm", [x, norm, relu], torch.float64)
@@ -98,7 +98,7 @@ def test_norms_without_weight_or_bias():
 
 
 @pytest.mark.parametrize("name", _ops.BATCH_NORM)
-def test_strided_maps(name):
+def test_defined_for_strided_maps(name):
     """Slices of larger maps, rows apart from each other."""
     args = arguments(name, (3, 20, 9, 7), torch.float32)
     for i, a in enumerate(args):
@@ -174,7 +174,7 @@ def test_a_norm_is_the_module(training, affine, momentum):
         ("batch_norm_fusion_backward", 6, lambda t: t[:1], ValueError, "sums must be [2, 6, 6]"),
     ],
 )  # fmt: skip
-def test_refused(name, position, change, error, words):
+def test_raw_operators_refuse_what_is_not_of_the_maps(name, position, change, error, words):
     """Direct calls are checked in C++, fakes in Python, with the same words."""
     args = arguments(name, (2, 6, 4, 5), torch.float32)
     args[position] = change(args[position])

@@ -26,9 +26,10 @@ FILES = (
     "test_group_norm_aggregation.py",
     "test_spatial_softmax_gate.py",
     "test_context_fusion.py",
+    "test_batch_norm.py",
     "test_errors.py",
 )
-SELECTION = "values_and_gradients or incoming or expanded or empty or raw_operators_refuse_what"
+SELECTION = "values_and_gradients or incoming or expanded or empty or raw_operators_refuse_what or defined"
 # Far fewer than there are: a run that lost most of them must not pass.
 AT_LEAST = 1000
 
