@@ -222,6 +222,11 @@ def _spoilt(args: tuple, kind: type = object) -> list[tuple[str, tuple]]:
     return found
 
 
+# With one map alone, one of another size, or of a dtype whose sums are float32 too, is as right.
+ONE_MAP = {f"argument 0 {how}" for how in ("dtype", "longer", "longer in front", "empty")}
+RIGHT_AS_WELL = {"batch_norm": ONE_MAP, "batch_norm_statistics": ONE_MAP}
+
+
 @pytest.mark.parametrize("name", COMPUTING)
 def test_raw_operators_refuse_what_they_cannot_compute(name, device):
     """Direct calls get a RuntimeError from C++; no crash, no result from memory of others."""
@@ -237,7 +242,7 @@ def test_raw_operators_refuse_what_they_cannot_compute(name, device):
             assert "Could not run" not in str(error), how
         else:
             accepted.append(how)
-    assert not accepted, accepted
+    assert set(accepted) == RIGHT_AS_WELL.get(name, set())
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -254,7 +259,7 @@ def test_raw_operators_refuse_tensors_in_fake_mode_too(name, device):
             except Exception:  # any: there is no result
                 continue
             accepted.append(how)
-    assert not accepted, accepted
+    assert set(accepted) == RIGHT_AS_WELL.get(name, set())
 
 
 def test_the_library_says_what_it_is():
