@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from ._checks import Window
 from ._checks import window as _window
 from ._fusable import is_fusable
+from ._norm_relu import can_normalise, norm_relu
 from ._plain import is_plain as _is_plain
 from ._pointwise import pointwise, pointwise_sums
 from ._training import fused_layer
@@ -103,6 +104,11 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
         if ours and _is_plain(part, nn.ReLU) and not torch.is_grad_enabled():
             x = x.relu_()
             continue
+        if can_normalise(part, x):
+            rectifies = bool(parts) and _is_plain(parts[0], nn.ReLU)
+            x, ours = norm_relu(part, x, rectifies), False
+            parts = parts[rectifies:]
+            continue
         if not _is_plain(part, nn.Conv2d) or part.padding_mode != "zeros":
             x, ours = part(x), False
             continue
@@ -134,8 +140,12 @@ def _fold_if_allowed(
 
 def _finish(x: Tensor, norm: nn.Module | None, act: nn.Module | None = None) -> Tensor:
     """`act(norm(x))` for an `x` that nobody else sees; `norm` is None where it was folded."""
-    if norm is None and act is not None and _is_plain(act, nn.ReLU):
+    rectifies = act is not None and _is_plain(act, nn.ReLU)
+    if norm is None and rectifies:
         return x.relu_()
+    if norm is not None and can_normalise(norm, x):
+        x = norm_relu(norm, x, rectifies)
+        return x if rectifies or act is None else act(x)
     x = x if norm is None else norm(x)
     return x if act is None else act(x)
 

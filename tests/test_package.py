@@ -32,7 +32,7 @@ LAYERS = (
     {"checkpoints", "compat"},
     {"modules"},
     {"_training"},
-    {"functional", "_fusable", "_pointwise"},
+    {"functional", "_fusable", "_norm_relu", "_pointwise"},
     {"_autograd", "_batch_norm", "_layer_parameters", "_plain", "_products"},
     {"_ops"},
     {"_checks"},

@@ -29,7 +29,9 @@ FILES = (
     "test_batch_norm.py",
     "test_errors.py",
 )
-SELECTION = "values_and_gradients or incoming or expanded or empty or raw_operators_refuse_what or defined"
+SELECTION = (
+    "values_and_gradients or incoming or expanded or empty or raw_operators_refuse_what or defined"
+)
 # Far fewer than there are: a run that lost most of them must not pass.
 AT_LEAST = 1000
 

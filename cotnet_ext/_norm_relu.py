@@ -1,0 +1,86 @@
+"""BatchNorm, and ReLU behind it, as one differentiable function of a map.
+
+Modules one by one read the map three times and write it twice; this reads it twice and writes it
+once, forward and, with the gradient, backward. Only the map before the norm is saved.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function, forward_ad
+from torch.nn import functional as F
+
+from . import _ops
+from ._batch_norm import norm_of, uses_batch
+from ._ops import below_autograd as _run
+from ._plain import is_plain
+
+
+def can_normalise(module: nn.Module, x: Tensor) -> bool:
+    """Whether `norm_relu` is what `module(x)` does, and its gradient is recorded."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and is_plain(module, nn.BatchNorm2d)
+        and type(x) is Tensor
+        and x.dim() == 4
+        and x.device.type in ("cpu", "cuda")
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and _fits(module, x)
+    )
+
+
+def _fits(module: nn.BatchNorm2d, x: Tensor) -> bool:
+    given = (module.weight, module.bias, module.running_mean)
+    return (
+        x.shape[1] == module.num_features
+        and x.numel() // max(x.shape[1], 1) > (1 if uses_batch(module) else 0)
+        and all(t is None or t.dtype in (x.dtype, torch.float32) for t in given)
+        and all(t is None or t.device == x.device for t in given)
+        and any(t is not None and t.requires_grad for t in (x, *given[:2]))
+    )
+
+
+def norm_relu(module: nn.BatchNorm2d, x: Tensor, relu: bool) -> Tensor:
+    """`module(x)`, or with `relu` its positive part; running statistics move as by `module(x)`."""
+    return _NormRelu.apply(module, relu, x, module.weight, module.bias)
+
+
+class _NormRelu(Function):
+    @staticmethod
+    def forward(ctx, module, relu, x, weight, bias):
+        norm = norm_of(module, x, weight, bias)
+        ctx.relu, ctx.norm, ctx.eps = relu, norm, module.eps
+        ctx.save_for_backward(x, weight, bias)
+        return _run(_ops.batch_norm, x, norm.table, relu)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            grads = _composed_gradients(ctx, grad, x, weight, bias)
+        else:
+            norm = ctx.norm
+            grads = _run(
+                _ops.batch_norm_backward, grad, x, norm.table, norm.factor, ctx.relu, norm.batch
+            )
+        needed = zip(ctx.needs_input_grad[2:], grads, (x, weight, bias), strict=True)
+        return None, None, *(g.to(t.dtype) if need else None for need, g, t in needed)
+
+
+def _composed_gradients(ctx, grad, *tensors) -> tuple[Tensor | None, ...]:
+    """The gradients as functions that can be differentiated again."""
+    x, weight, bias = tensors
+    if ctx.norm.batch:
+        y = F.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps)
+    else:
+        mean, _, _ = ctx.norm.table
+        factor = ctx.norm.factor if weight is None else ctx.norm.factor * weight
+        shift = 0 if bias is None else bias[:, None, None]
+        y = ((x - mean[:, None, None]) * factor[:, None, None] + shift).to(x.dtype)
+    y = y.relu() if ctx.relu else y
+    wanted = [t for t, need in zip(tensors, ctx.needs_input_grad[2:], strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return tuple(next(found) if need else None for need in ctx.needs_input_grad[2:])
