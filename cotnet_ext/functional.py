@@ -72,6 +72,24 @@ def _call(function: type, op: Callable, composed: Callable, *args):
     return _ops.below_autograd(op, *args)
 
 
+def _attempt(op: Callable, first: Tensor, second: Tensor, window: tuple) -> Tensor | None:
+    """The result where nothing is recorded, traced or cast; None where that is not so, or the
+    operator refuses: the checks in Python, a third of a small call's time, then say why."""
+    if (
+        type(first) is not Tensor
+        or type(second) is not Tensor
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled(first.device.type)
+    ):
+        return None
+    try:
+        return _ops.below_autograd(op, first, second, *window)
+    except RuntimeError:
+        return None
+
+
 def local_aggregation(
     input: Tensor,
     weight: Tensor,
@@ -108,8 +126,11 @@ def local_aggregation(
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device or value is not as above.
     """
-    input, weight = _autocast(input, weight)
     window = _checks.window(kernel_size, stride, padding, dilation, padding_mode)
+    result = _attempt(_ops.local_aggregation, input, weight, window)
+    if result is not None:
+        return result
+    input, weight = _autocast(input, weight)
     _checks.aggregation(input, weight, window)
     return _call(
         _autograd.LocalAggregation,
