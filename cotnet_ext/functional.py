@@ -81,6 +81,7 @@ def _attempt(op: Callable, first: Tensor, second: Tensor, window: tuple) -> Tens
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
+        or first.device.type not in ("cpu", "cuda")
         or torch.is_autocast_enabled(first.device.type)
     ):
         return None

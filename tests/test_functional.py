@@ -53,3 +53,13 @@ def test_documentation(name):
         assert section in documentation
     for parameter in inspect.signature(getattr(functional, name)).parameters:
         assert parameter in documentation
+
+
+def test_meta_tensors_without_gradients():
+    """Shapes are found for devices that know no autocast."""
+    input, weight = (
+        torch.empty(2, 8, 5, 6, device="meta"),
+        torch.empty(2, 1, 4, 9, 5, 6, device="meta"),
+    )
+    with torch.no_grad():
+        assert functional.local_aggregation(input, weight, padding=1).shape == (2, 8, 5, 6)
