@@ -31,7 +31,7 @@ LAYERS = (
     {"models"},
     {"checkpoints", "compat"},
     {"modules"},
-    {"_training"},
+    {"_convolutions", "_training"},
     {"functional", "_fusable", "_norm_relu", "_pointwise"},
     {"_autograd", "_batch_norm", "_layer_parameters", "_plain", "_products"},
     {"_ops"},
