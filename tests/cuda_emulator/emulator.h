@@ -432,6 +432,8 @@ inline float fast_exponential(float a) {
   return power < 0x1p-126f ? 0.0f : power;  // a NaN stays one
 }
 inline double fast_exponential(double a) { return std::exp(a); }
+inline float fast_reciprocal(float a) { return 1.0f / a; }
+inline double fast_reciprocal(double a) { return 1.0 / a; }
 inline float inverse_sqrt(float a) { return 1.0f / std::sqrt(a); }
 inline double inverse_sqrt(double a) { return 1.0 / std::sqrt(a); }
 

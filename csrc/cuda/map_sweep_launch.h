@@ -1,0 +1,152 @@
+// How sweeps over maps are launched, and why. map_sweep.cuh says what a sweep is.
+#pragma once
+
+#include <algorithm>
+
+#include "core/problem.h"
+#include "cuda/map_launch.h"
+
+namespace cotnet {
+
+// What a pass needs.
+struct SweepNeeds {
+  int items, batch;  // see below
+  int steps;         // channels_last: pixels of a thread
+  int coefficients;  // of a channel of an image
+  int sums;          // that it leaves for each
+};
+
+struct SweepPlan {
+  Launch launch;
+  int64_t rows;  // N*C planes
+  int64_t channels;
+  int64_t plane;
+  bool channels_last;
+  bool aligned;  // vectors may be moved whole
+
+  // NCHW: a block has several planes, or a chunk of one.
+  int rows_per_block;
+  int pieces;         // of rows that one vector may have elements of
+  int team;           // lanes that add up one row together, a power of two
+  int teams_per_row;
+
+  // channels_last: a block has a slab of channels at a chunk of pixels.
+  int lanes;  // vectors of channels, a power of two
+  int slabs;
+
+  int64_t units;  // of work: groups of planes, planes, or images times slabs
+  int chunks;     // blocks along a plane
+  int64_t chunk;  // pixels of each, the last may have fewer
+};
+
+constexpr int kSweepThreads = 256;
+constexpr int kSweepImageThreads = 128;  // channels_last: coefficients and sums of a whole vector are in registers
+constexpr int kSweepBytes = 48 << 10;    // of shared memory: what every GPU has without asking
+
+// NCHW: vectors of each map that a thread has in registers at once. 48 KB under way keep the memory of an H200 busy: with 768
+// threads on a multiprocessor 4 of one map or 2 of two.
+template <int kInputs>
+constexpr int kSweepItems = kInputs == 1 ? 4 : 2;
+// channels_last: pixels of a thread whose loads go out together. 384 threads or more share a multiprocessor.
+template <int kInputs>
+constexpr int kSweepBatch = kInputs == 1 ? 8 : kInputs == 2 ? 4 : 2;
+constexpr int kSweepSteps = 16;
+
+namespace map_sweep {
+
+inline void choose_planes(SweepPlan& plan, const SweepNeeds& needs, int element_bytes) {
+  const int vector = 16 / element_bytes, acc_bytes = std::max(element_bytes, 4), items = needs.items;
+  // A vector has elements of two rows at most, but for rows shorter than itself.
+  plan.pieces = int(1 + ceil_div(vector - 1, std::min<int64_t>(plan.plane, vector)));
+  const auto room_of = [&](int threads) { return (threads * items - 1) * vector; };  // a range may begin within a vector
+  const auto rows_of = [&](int threads) { return int(std::clamp<int64_t>(room_of(threads) / plan.plane, 1, threads)); };
+  // Pieces of sums, then sums of teams, then coefficients of rows.
+  const auto bytes_of = [&](int threads, int teams, int rows) {
+    return acc_bytes * (needs.sums * (plan.pieces * threads * items + teams) + rows * (needs.coefficients | 1));
+  };
+  int most = kSweepThreads;
+  while (bytes_of(most, std::max(2 * rows_of(most), most / 32), rows_of(most)) > kSweepBytes) most -= 32;
+  const int64_t room = room_of(most);
+  if (plan.plane <= room) {
+    int64_t rows = rows_of(most);
+    // Blocks that begin at a vector have no vector in part but the last.
+    const int64_t step = vector / std::min<int64_t>(plan.plane & -plan.plane, vector);
+    if (rows > step) rows = rows / step * step;
+    plan.rows_per_block = int(std::min(rows, plan.rows));
+    plan.chunk = plan.plane;
+  } else {
+    // Pieces of one size: what is left over for the last one would keep a block half busy.
+    const int64_t line = 8 * vector;  // 128 bytes
+    const int64_t chunks = ceil_div(plan.plane, room / line * line);
+    plan.chunk = round_up(ceil_div(plan.plane, chunks), line);
+  }
+  plan.chunks = int(ceil_div(plan.plane, plan.chunk));
+  const int64_t used = ceil_div(plan.rows_per_block * plan.chunk, vector) + 1;
+  plan.launch.threads = unsigned(round_up(std::max<int64_t>(ceil_div(used, items), plan.rows_per_block), 32));
+  const int threads = int(plan.launch.threads), rows = plan.rows_per_block;
+  plan.team = std::min(power_of_two_upto(threads / rows), 32);
+  plan.teams_per_row = plan.team < 32 ? 1 : std::max(threads / 32 / rows, 1);
+  plan.units = ceil_div(plan.rows, rows);
+  set_grid(plan.launch, plan.units, plan.chunks);
+  plan.launch.shared_bytes = unsigned(bytes_of(threads, threads / plan.team, rows));
+}
+
+inline void choose_images(SweepPlan& plan, const SweepNeeds& needs, int element_bytes, const DeviceNumbers& device) {
+  const int vector = 16 / element_bytes, acc_bytes = std::max(element_bytes, 4);
+  // A warp reads up to 512 neighbouring bytes; lanes beyond the channels idle.
+  const int64_t across = ceil_div(plan.channels, vector);
+  plan.lanes = power_of_two_from(std::min<int64_t>(across, 32));
+  plan.slabs = int(ceil_div(across, plan.lanes));
+  plan.units = plan.rows / plan.channels * plan.slabs;
+  // As many steps as make coefficients and the merging of sums cost little; fewer where that leaves fewer than eight blocks
+  // for a multiprocessor.
+  const int64_t pixels = kSweepImageThreads / plan.lanes;  // of all threads
+  int64_t steps = needs.steps;
+  while (steps > needs.batch && plan.units * ceil_div(plan.plane, steps * pixels) < 8 * device.sm_count) steps /= 2;
+  const int64_t chunks = ceil_div(plan.plane, steps * pixels);
+  plan.chunk = ceil_div(plan.plane, chunks);
+  plan.chunks = int(ceil_div(plan.plane, plan.chunk));
+  // Fewer threads for small maps, but whole warps.
+  const int64_t rows = std::min<int64_t>(power_of_two_from(ceil_div(plan.chunk, needs.batch)), pixels);
+  plan.launch.threads = unsigned(std::max<int64_t>(rows * plan.lanes, 32));
+  set_grid(plan.launch, plan.units, plan.chunks);
+  const int width = plan.lanes * vector, warps = int(plan.launch.threads) / 32;
+  plan.launch.shared_bytes = unsigned(acc_bytes * width * (needs.coefficients + needs.sums * warps));
+}
+
+}  // namespace map_sweep
+
+// `aligned`: every map begins at a multiple of 16 bytes.
+inline SweepPlan choose_sweep(const MapProblem& p, const SweepNeeds& needs, int element_bytes, bool aligned,
+                              const DeviceNumbers& device) {
+  SweepPlan plan{};
+  plan.rows = p.batch * p.channels;
+  plan.channels = p.channels;
+  plan.plane = p.plane;
+  plan.channels_last = p.channels_last;
+  plan.aligned = aligned && (!p.channels_last || p.channels % (16 / element_bytes) == 0);
+  plan.rows_per_block = plan.pieces = plan.team = plan.teams_per_row = plan.lanes = plan.slabs = 1;
+  if (plan.rows == 0 || plan.plane == 0)
+    plan.launch.grid_x = 0;
+  else if (p.channels_last)
+    map_sweep::choose_images(plan, needs, element_bytes, device);
+  else
+    map_sweep::choose_planes(plan, needs, element_bytes);
+  return plan;
+}
+
+// For what is the same in all images: those of channels_last are one long image.
+inline MapProblem without_images(const MapProblem& p) {
+  if (!p.channels_last || p.batch == 0) return p;
+  return {1, p.channels, p.batch * p.plane, true};
+}
+
+// A thread for each of `count` results.
+inline Launch choose_elements(int64_t count, int threads) {
+  Launch launch;
+  launch.threads = unsigned(threads);
+  launch.grid_x = unsigned(ceil_div(count, threads));
+  return launch;
+}
+
+}  // namespace cotnet

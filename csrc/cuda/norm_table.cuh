@@ -1,0 +1,97 @@
+// Norms as tables of numbers of channels, and how the sums of a backward become one.
+#pragma once
+
+#include "cuda/map_sweep.cuh"
+
+namespace cotnet {
+
+template <class acc>
+struct NormOf {
+  const acc* table;   // [3, C]: m, a, b
+  const acc* factor;  // [C]: f
+  bool batch;         // whether m and f are the batch's own
+};
+
+// Gradients of weight and bias [C], and the table [5, C] for the backward: m, a, b, c, d.
+template <class acc>
+struct NormGradients {
+  acc* table;
+  acc* grad_weight;
+  acc* grad_bias;
+};
+
+// A block has 8 channels, 32 bytes of a row; its threads share what there is of each in slices.
+constexpr int kTableThreads = 512, kTableChannels = 8;
+constexpr int kTableSlices = kTableThreads / kTableChannels;
+inline Launch choose_tables(int64_t channels) {
+  Launch launch;
+  launch.threads = kTableThreads;
+  launch.grid_x = unsigned(ceil_div(channels, kTableChannels));
+  return launch;
+}
+
+// The channel and the slice of a thread.
+struct TablePlace {
+  int lane, slice;
+  int64_t channel;
+
+  COTNET_DEVICE TablePlace()
+      : lane(int(threadIdx.x) % kTableChannels),
+        slice(int(threadIdx.x) / kTableChannels),
+        channel(int64_t(blockIdx.x) * kTableChannels + lane) {}
+};
+
+// The sum over the slices of a channel, in order, for all its threads. All threads of the block must call it.
+using TableMemory = double[kTableThreads / 32 * kTableChannels];
+COTNET_DEVICE double sum_slices(double value, TableMemory& memory) {
+  for (int d = kTableChannels; d < 32; d *= 2) value += shuffle_xor(kAllLanes, value, d);
+  const int lane = int(threadIdx.x) % 32;
+  if (lane < kTableChannels) memory[int(threadIdx.x) / 32 * kTableChannels + lane] = value;
+  sync_block();
+  double sum = 0;
+  for (int i = 0; i < kTableThreads / 32; ++i) sum += memory[i * kTableChannels + lane % kTableChannels];
+  sync_block();
+  return sum;
+}
+
+// What the backward sums up for an image or a chunk of a channel: grad_z, and grad_z*(x - m).
+struct GradSums {
+  double grad_z, with_x;
+};
+
+// `terms(part, c)` are those of a part of channel c. share: 1 divided by the elements of a channel, or 0 for given statistics.
+template <class acc, class Terms>
+COTNET_KERNEL(kTableThreads, 1)
+norm_table_kernel(const Terms terms, int64_t parts, int64_t channels, const NormOf<acc> norm, double share,
+                  const NormGradients<acc> to) {
+  COTNET_SHARED(double, memory, kTableThreads / 32 * kTableChannels);
+  const TablePlace place;
+  const int64_t c = place.channel;
+  double grad_z = 0, with_x = 0;
+  if (c < channels) {
+    COTNET_UNROLL_BY(4)
+    for (int64_t part = place.slice; part < parts; part += kTableSlices) {
+      const GradSums next = terms(part, c, channels);
+      grad_z += next.grad_z;
+      with_x += next.with_x;
+    }
+  }
+  grad_z = sum_slices(grad_z, memory);
+  with_x = sum_slices(with_x, memory);
+  if (place.slice > 0 || c >= channels) return;
+  const double factor = double(load_wide(norm.factor + c));
+  for (int row = 0; row < 3; ++row) store_narrow(to.table + row * channels + c, load_wide(norm.table + row * channels + c));
+  store_narrow(to.table + 3 * channels + c, acc(grad_z * share));
+  store_narrow(to.table + 4 * channels + c, acc(with_x * factor * factor * share));
+  store_narrow(to.grad_weight + c, acc(with_x * factor));
+  store_narrow(to.grad_bias + c, acc(grad_z));
+}
+
+template <class acc, class Terms>
+void launch_norm_table(const MapProblem& p, int64_t parts, const Terms& terms, const NormOf<acc>& norm,
+                       const NormGradients<acc>& to, Stream stream) {
+  const double share = norm.batch ? 1 / double(p.batch * p.plane) : 0;
+  launch_kernel(norm_table_kernel<acc, Terms>, choose_tables(p.channels), stream, terms, parts, p.channels, norm, share, to);
+}
+
+}  // namespace cotnet
