@@ -7,6 +7,7 @@ what that says to the file `log` of the folder, and answers with the exit status
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import emulated_norms as norms
 import test_cuda_context_fusion as fusion
 import test_cuda_spatial_softmax_gate as gate
 import torch
@@ -90,9 +92,46 @@ def context_fusion() -> None:
     check_maps(fusion, FUSION)
 
 
+# Rows of several teams and many rows, the last block with fewer; a vector of three rows; several
+# chunks of a plane; slabs with channels to spare.
+SWEEPS = ((7, 7, 5, 5), (100, 3, 5, 3), (2, 6, 1, 2), (1, 2, 64, 65), (1, 135, 5, 7))
+
+
+def check_sweeps(names: tuple[str, ...]) -> None:
+    for name, shape in itertools.product(names, SWEEPS):
+        args, truth = norms.known(name, shape, torch.float32)
+        for last, gpu in itertools.product((False, True), ("H200", "small")):
+            first = None
+            for schedule in schedules():
+                results = norms.run(load_kernels(), name, args, last, gpu=GPUS[gpu])
+                norms.assert_close(name, results, truth, torch.float32)
+                first = first or results
+                for one, result in zip(first, results, strict=True):
+                    assert_same_bits(result, one, f"{name}, {schedule} schedule")
+
+
+OF_NORMS = tuple(name for name in norms.OPERATORS if "fusion" not in name)
+OF_FUSION = tuple(name for name in norms.OPERATORS if "fusion" in name)
+
+
+def batch_norm() -> None:
+    check_sweeps(OF_NORMS)
+
+
+def batch_norm_fusion() -> None:
+    check_sweeps(OF_FUSION)
+
+
 # By the op whose kernels are bound.
 CHECKS: dict[str, Callable[[], None]] = {
-    check.__name__: check for check in (local_aggregation, spatial_softmax_gate, context_fusion)
+    check.__name__: check
+    for check in (
+        local_aggregation,
+        spatial_softmax_gate,
+        context_fusion,
+        batch_norm_fusion,  # before what its name begins with
+        batch_norm,
+    )
 }
 
 
@@ -127,6 +166,8 @@ def serve() -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
     compute_truth((LOCAL,), AGGREGATIONS)
     compute_truth((GATE, FUSION), MAPS)
+    for name, shape in itertools.product(norms.OPERATORS, SWEEPS):
+        norms.known(name, shape, torch.float32)
     for line in sys.stdin:
         check, folder = line.split(maxsplit=1)
         print(check_forked(check, Path(folder.strip())), flush=True)

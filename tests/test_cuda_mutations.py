@@ -112,6 +112,35 @@ MUTATIONS |= {
     "fusion: channels beyond the last": (FUSION, "if (channel >= plan.channels) return;", ""),
 }  # fmt: skip
 
+PASSES = "map_sweep.cuh"
+TABLES = "norm_table.cuh"
+MOMENTS = "batch_norm_statistics.cuh"
+KEPT = "keep(sums);\n    sync_block();\n"
+MERGED = "  sums_of_rows.merge(block, vectors.first);\n"
+FIRST = "first_sums.merge(block, vectors.first);\n"
+MEANS = "first_sums.total(row, 0) / acc(block.length);\n"
+SLAB_MEANS = "first_sums.total(0, i) / acc(block.pixels);\n"
+MUTATIONS |= {
+    "nothing changed in the sweep": (PASSES, "", ""),
+    "sweep: no barrier after coefficients": (PASSES, f"{BARRIER}\n  COTNET_UNROLL\n", "\n"),
+    "sweep: no barrier before rows": (PASSES, f"  {BARRIER}  {MERGED}", f"  {MERGED}"),
+    "sweep: no barrier before teams merge": (PASSES, f"{MERGED}  {BARRIER}", MERGED),
+    "sweep: no barrier after a slab's": (PASSES, f"{BARRIER}  acc coeff", "  acc coeff"),
+    "sweep: no barrier before warps merge": (PASSES, KEPT, "keep(sums);\n"),
+    "sweep: elements of nobody": (PASSES, "if (!slot.has(i)) continue;", ""),
+    "sweep: pixels beyond the last": (PASSES, "if (!slots[b].has(e)) continue;", ""),
+    "sweep: the row before": (PASSES, "enter(++row);", "enter(row), ++row;"),
+    "sweep: another piece of a vector": (PASSES, "v == first ? piece : 0", "0"),
+    "table: no barrier before warps add up": (TABLES, BARRIER, ""),
+    "nothing changed in the statistics": (MOMENTS, "", ""),
+    "statistics: no barrier before rows": (MOMENTS, f"{BARRIER}  {FIRST}", f"  {FIRST}"),
+    "statistics: no barrier before teams merge": (MOMENTS, f"{FIRST}{BARRIER}", FIRST),
+    "statistics: no barrier after means": (MOMENTS, f"{MEANS}{BARRIER}", MEANS),
+    "statistics: no barrier after a slab's": (MOMENTS, f"{SLAB_MEANS}{BARRIER}", SLAB_MEANS),
+    "statistics: pixels beyond the last": (MOMENTS, "slots[b].has(e) ? widen(packs[b].at[e])",
+                                           "true ? widen(packs[b].at[e])"),
+}  # fmt: skip
+
 # What compiles once for all mutants, as it is most of the work: the headers of other projects.
 HEADERS = """
 #include <pybind11/numpy.h>
@@ -145,6 +174,8 @@ def prepared(tmp_path_factory) -> Path:
 
 def op_of(name: str) -> str:
     """The op whose kernels a file of csrc/cuda is tested with."""
+    if name in (PASSES, TABLES):
+        return "batch_norm_fusion"
     return next((op for op in CHECKS if name.startswith(op)), "local_aggregation")
 
 

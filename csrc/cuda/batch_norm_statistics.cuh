@@ -154,7 +154,7 @@ template <class acc>
 COTNET_KERNEL(kTableThreads, 1)
 batch_norm_statistics_merge_kernel(const acc* moments /* [chunks, N, 3, C] */, int64_t batch, int chunks, int64_t plane,
                                    int64_t chunk, int64_t channels, const NormOutputs<acc> to) {
-  COTNET_SHARED(double, memory, kTableThreads / 32 * kTableChannels);
+  COTNET_SHARED(double, memory, 2 * kTableMemory);
   const TablePlace place;
   const int64_t c = place.channel, parts = c < channels ? batch * chunks : 0;
   const double count = double(batch) * double(plane), share = count > 0 ? 1 / count : 0;
@@ -173,7 +173,7 @@ batch_norm_statistics_merge_kernel(const acc* moments /* [chunks, N, 3, C] */, i
     const double apart = mean_of_chunk(own, channels) - mean;
     squares += double(load_wide(own + 2 * channels)) + size(part) * apart * apart;
   }
-  squares = sum_slices(squares, memory);
+  squares = sum_slices(squares, memory + kTableMemory);
   if (place.slice > 0 || c >= channels) return;
   const double variance = squares * share, factor = inverse_sqrt(variance + to.eps);
   store_narrow(to.norm + c, acc(mean));

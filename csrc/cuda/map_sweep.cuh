@@ -303,7 +303,7 @@ class SlabSums {
 template <class scalar_t, class Pass>
 constexpr int kSweepState = (kCoefficients<Pass> + Pass::kSums) * kMapVector<scalar_t> * int(sizeof(acc_t<scalar_t>)) / 4;
 template <class scalar_t, class Pass>
-constexpr int kSweepImageBlocks = kSweepState<scalar_t, Pass> <= 48 ? 4 : 3;
+constexpr int kSweepImageBlocks = kSweepState<scalar_t, Pass> <= 24 ? 4 : 3;
 
 template <class scalar_t, class Pass>
 COTNET_KERNEL(kSweepImageThreads, (kSweepImageBlocks<scalar_t, Pass>))

@@ -41,16 +41,16 @@ struct TablePlace {
         channel(int64_t(blockIdx.x) * kTableChannels + lane) {}
 };
 
-// The sum over the slices of a channel, in order, for all its threads. All threads of the block must call it.
-using TableMemory = double[kTableThreads / 32 * kTableChannels];
-COTNET_DEVICE double sum_slices(double value, TableMemory& memory) {
+// The sum over the slices of a channel, in order, for all its threads. All threads of the block must call it, with memory that
+// no other call has.
+constexpr int kTableMemory = kTableThreads / 32 * kTableChannels;
+COTNET_DEVICE double sum_slices(double value, double* memory /* [warps, channels] */) {
   for (int d = kTableChannels; d < 32; d *= 2) value += shuffle_xor(kAllLanes, value, d);
   const int lane = int(threadIdx.x) % 32;
   if (lane < kTableChannels) memory[int(threadIdx.x) / 32 * kTableChannels + lane] = value;
   sync_block();
   double sum = 0;
   for (int i = 0; i < kTableThreads / 32; ++i) sum += memory[i * kTableChannels + lane % kTableChannels];
-  sync_block();
   return sum;
 }
 
@@ -64,7 +64,7 @@ template <class acc, class Terms>
 COTNET_KERNEL(kTableThreads, 1)
 norm_table_kernel(const Terms terms, int64_t parts, int64_t channels, const NormOf<acc> norm, double share,
                   const NormGradients<acc> to) {
-  COTNET_SHARED(double, memory, kTableThreads / 32 * kTableChannels);
+  COTNET_SHARED(double, memory, 2 * kTableMemory);
   const TablePlace place;
   const int64_t c = place.channel;
   double grad_z = 0, with_x = 0;
@@ -77,7 +77,7 @@ norm_table_kernel(const Terms terms, int64_t parts, int64_t channels, const Norm
     }
   }
   grad_z = sum_slices(grad_z, memory);
-  with_x = sum_slices(with_x, memory);
+  with_x = sum_slices(with_x, memory + kTableMemory);
   if (place.slice > 0 || c >= channels) return;
   const double factor = double(load_wide(norm.factor + c));
   for (int row = 0; row < 3; ++row) store_narrow(to.table + row * channels + c, load_wide(norm.table + row * channels + c));
