@@ -62,6 +62,8 @@ SPLIT_ROWS = registers_for(constant("kGateSplitThreads"), 3)
 SPLIT_IMAGES = registers_for(constant("kGateSplitThreads"), 2)
 FUSION = constant("kFusionThreads")
 TILES = constant("kGateTileThreads")
+SWEEP, SLAB = constant("kSweepThreads"), constant("kSweepImageThreads")
+TABLE = registers_for(constant("kTableThreads"), 1)
 NORM = constant("kNormThreads")
 GATE = "spatial_softmax_gate_"
 
@@ -97,6 +99,15 @@ BUDGETS: tuple[Budget, ...] = (
     Budget("context_fusion_planes_kernel", registers_for(FUSION, 3), "three blocks", **wide(6, 4)),
     Budget("context_fusion_images_kernel", registers_for(FUSION, 2), "two blocks", **wide(6, 4)),
     Budget("context_fusion_grad_logits_kernel", 64, "sums a few numbers per channel"),
+    # Sweeps that write maps, and those that leave sums alone. Narrow accesses as above.
+    Budget("sweep_planes_k.*(ard|Blend)>", registers_for(SWEEP, 3), "three blocks", **wide(4, 2)),
+    Budget("sweep_planes_kernel", registers_for(SWEEP, 3), "three blocks", **wide(4, 0)),
+    Budget("sweep_images_k.*(ard|Blend)>", registers_for(SLAB, 3), "three blocks", **wide(8, 4)),
+    Budget("sweep_images_kernel", registers_for(SLAB, 3), "three blocks", **wide(6, 0)),
+    Budget("sweep_merge_kernel", 64, "sums a few numbers per channel"),
+    Budget("batch_norm_st.*_planes_k", registers_for(SWEEP, 3), "three blocks", **wide(4, 0)),
+    Budget("batch_norm_st.*_images_k", registers_for(SLAB, 4), "four blocks", **wide(8, 0)),
+    Budget("norm_table_kernel|batch_norm_statistics_merge_kernel", TABLE, "a block must fit"),
     Budget(f"{GATE}tile_kernel<double", registers_for(TILES, 1), "one block", **wide(6, 2)),
     Budget(f"{GATE}tile_kernel", registers_for(TILES, 2), "two blocks", **wide(6, 2)),
     Budget(f"{GATE}whole_kernel<cotnet::Plane", ROWS, "a block must fit", **wide(10, 2)),

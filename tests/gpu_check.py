@@ -183,7 +183,7 @@ def stages(folder: Path, official: Path | None = None) -> list[Stage]:
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--device=cuda", "--tb=short"]
     pytest += ["--maxfail=50"]  # what breaks everything must not take all the time
     parallel = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile"] * _has("xdist")
-    small = ["-k", SMALL, *(f"tests/test_{name}.py" for name in FUNCTIONS)]
+    small = ["-k", SMALL, *(f"tests/test_{name}.py" for name in (*FUNCTIONS, "batch_norm"))]
     sanitizer = ["compute-sanitizer", "--error-exitcode=9", "--report-api-errors=no"]
     # Each tensor in an allocation of its own, so that a step beyond its end is seen.
     alone = {**env, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -217,6 +217,7 @@ INSTALL += ["--no-build-isolation", "--editable", "."]
 FUNCTIONS = ("local_aggregation", "softmax_aggregation", "group_norm_aggregation")
 FUNCTIONS += ("spatial_softmax_gate", "context_fusion")
 SMALL = "test_values_and_gradients and (stage1 or stage4 or odd_9x11) and (float32 or bfloat16)"
+SMALL += " or test_defined_values and bfloat16 and 130"
 
 
 def _architecture() -> dict[str, str]:

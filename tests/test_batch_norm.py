@@ -71,60 +71,66 @@ def in_layout(args: list, layout: torch.memory_format) -> list:
     ]
 
 
+def on_device(args: list, device: torch.device) -> list:
+    return [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("name", _ops.BATCH_NORM)
-def test_defined_values(name, dtype, layout, shape, poisoned_memory):
-    assert_defined(name, in_layout(arguments(name, shape, dtype), layout), dtype)
+def test_defined_values(name, dtype, layout, shape, device, poisoned_memory):
+    args = on_device(arguments(name, shape, dtype), device)
+    assert_defined(name, in_layout(args, layout), dtype)
 
 
 @pytest.mark.parametrize("batch", [True, False])
 @pytest.mark.parametrize("relu", [True, False])
-def test_defined_for_flags(relu, batch):
+def test_defined_for_flags(relu, batch, device):
     shape = (2, 20, 9, 7)
-    x, norm, _ = arguments("batch_norm", shape, torch.float64)
+    x, norm, _ = on_device(arguments("batch_norm", shape, torch.float64), device)
     assert_defined("batch_norm", [x, norm, relu], torch.float64)
-    args = arguments("batch_norm_backward", shape, torch.float64)
+    args = on_device(arguments("batch_norm_backward", shape, torch.float64), device)
     assert_defined("batch_norm_backward", [*args[:-2], relu, batch], torch.float64)
-    args = arguments("batch_norm_fusion_backward", shape, torch.float64)
+    args = on_device(arguments("batch_norm_fusion_backward", shape, torch.float64), device)
     assert_defined("batch_norm_fusion_backward", [*args[:-1], batch], torch.float64)
 
 
-def test_norms_without_weight_or_bias():
-    x, weight, bias, eps = arguments("batch_norm_statistics", (2, 20, 9, 7), torch.float64)
+def test_norms_without_weight_or_bias(device):
+    args = arguments("batch_norm_statistics", (2, 20, 9, 7), torch.float64)
+    x, weight, bias, eps = on_device(args, device)
     for args in ([x, None, None, eps], [x, weight, None, eps], [x, None, bias, eps]):
         assert_defined("batch_norm_statistics", args, torch.float64)
 
 
 @pytest.mark.parametrize("name", _ops.BATCH_NORM)
-def test_defined_for_strided_maps(name):
+def test_defined_for_strided_maps(name, device):
     """Slices of larger maps, rows apart from each other."""
-    args = arguments(name, (3, 20, 9, 7), torch.float32)
+    args = on_device(arguments(name, (3, 20, 9, 7), torch.float32), device)
     for i, a in enumerate(args):
         if isinstance(a, torch.Tensor) and a.dim() == 4:
-            larger = torch.full((3, 21, 9, 10), torch.nan)
+            larger = torch.full((3, 21, 9, 10), torch.nan, device=device)
             larger[:, :20, :, 2:9] = a
             args[i] = larger[:, :20, :, 2:9]
     assert_defined(name, args, torch.float32)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
-def test_statistics_far_from_zero(layout):
+def test_statistics_far_from_zero(layout, device):
     """Squares around the mean, never differences of large squares: no digit is lost."""
-    x = (randn(4, 8, 40, 40) + 1000).float().contiguous(memory_format=layout)
+    x = (randn(4, 8, 40, 40) + 1000).float().contiguous(memory_format=layout).to(device)
     *_, variance = _ops.batch_norm_statistics(x, None, None, 0.0)
     truth = x.double().var((0, 2, 3), correction=0)
     assert ((variance - truth).abs() <= 1e-6 * truth).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
-def test_not_a_number_stays(layout):
-    x, norm, _ = arguments("batch_norm", (1, 16, 4, 4), torch.float32)
+def test_not_a_number_stays(layout, device):
+    x, norm, _ = on_device(arguments("batch_norm", (1, 16, 4, 4), torch.float32), device)
     x = x.contiguous(memory_format=layout)
     x[0, 3, 1, 2] = torch.nan
     assert _ops.batch_norm(x, norm, True).isnan().sum() == 1
-    contexts = arguments("batch_norm_fusion", (1, 16, 4, 4), torch.float32)
+    contexts = on_device(arguments("batch_norm_fusion", (1, 16, 4, 4), torch.float32), device)
     assert _ops.batch_norm_fusion(x, *contexts[1:]).isnan().sum() == 1
     assert _ops.batch_norm_fusion_pool(x, *contexts[1:4]).isnan().sum() == 1
 

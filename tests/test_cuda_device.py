@@ -8,9 +8,10 @@ import torch
 from cases import CASES, dtype_id, each
 from layouts import LAYOUTS
 from oracle import FUNCTIONS, Function, Tensors, evaluate, expected
+from test_batch_norm import arguments, in_layout, on_device, outputs
 from tolerances import assert_same_bits
 
-from cotnet_ext import functional
+from cotnet_ext import _ops, functional
 
 EACH_FUNCTION = pytest.mark.parametrize("function", FUNCTIONS, ids=str)
 FORMATS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -174,3 +175,124 @@ def test_grids_of_many_blocks(cuda):
         assert torch.equal(functional.spatial_softmax_gate(zeros, maps, zeros), maps)
         even = torch.zeros(*shape, 2, device=cuda)
         assert torch.equal(functional.context_fusion(maps, maps, even), maps)
+
+
+# ---- the operators of fused layers ---------------------------------------------------------------
+
+EACH_OPERATOR = pytest.mark.parametrize("name", _ops.BATCH_NORM)
+EACH_LAYOUT = pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"]
+)
+EACH_SHAPE = pytest.mark.parametrize("shape", [(4, 64, 56, 56), (8, 512, 7, 7), (3, 33, 9, 11)])
+
+
+def _operands(name: str, shape, dtype, layout, device) -> list:
+    return in_layout(on_device(arguments(name, shape, dtype), device), layout)
+
+
+def _call(name: str, args: list) -> tuple[torch.Tensor, ...]:
+    return outputs(getattr(_ops, name)(*args))
+
+
+def _assert_same_results(results, known, what: str) -> None:
+    for result, true in zip(results, known, strict=True):
+        assert_same_bits(result.cpu(), true.cpu(), what)
+
+
+@EACH_OPERATOR
+@EACH_LAYOUT
+def test_operators_never_wait_for_the_gpu(name, layout, cuda):
+    args = _operands(name, (8, 512, 7, 7), torch.float32, layout, cuda)
+    _call(name, args)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(LONG)
+    _call(name, args)
+    done = torch.cuda.Event()
+    done.record()
+    waited = done.query()
+    torch.cuda.synchronize()
+    assert not waited
+
+
+@EACH_OPERATOR
+@EACH_LAYOUT
+def test_operators_run_on_the_current_stream(name, layout, cuda):
+    args = _operands(name, (8, 512, 7, 7), torch.float32, layout, cuda)
+    known = _call(name, args)
+    late = [torch.zeros_like(a) if isinstance(a, torch.Tensor) else a for a in args]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(LONG)
+        for to, a in zip(late, args, strict=True):
+            if isinstance(a, torch.Tensor):
+                to.copy_(a)
+        results = _call(name, late)
+        torch.cuda.current_stream().synchronize()
+    _assert_same_results(results, known, f"{name} on a side stream")
+
+
+@EACH_OPERATOR
+@EACH_SHAPE
+@EACH_LAYOUT
+def test_operators_in_graphs_compute_anew(name, shape, layout, cuda):
+    args = _operands(name, shape, torch.bfloat16, layout, cuda)
+    other = [-0.5 * a if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in args]
+    known = _call(name, other)
+    _call(name, args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = _call(name, args)
+    for a, b in zip(args, other, strict=True):
+        if a is not b:
+            a.copy_(b)
+    for _ in range(2):
+        for result in results:
+            result.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        _assert_same_results(results, known, f"{name} replayed")
+
+
+@EACH_OPERATOR
+@EACH_SHAPE
+@DTYPES
+@EACH_LAYOUT
+def test_operators_give_the_same_bits_every_time(name, shape, dtype, layout, cuda):
+    args = _operands(name, shape, dtype, layout, cuda)
+    first = _call(name, args)
+    noise, side = torch.randn(1 << 22, device=cuda), torch.cuda.Stream()
+    differing = torch.zeros((), dtype=torch.int64, device=cuda)
+    for _ in range(50):
+        with torch.cuda.stream(side):
+            noise.mul_(1.0001)
+        for result, known in zip(_call(name, args), first, strict=True):
+            differing += (_bits(result) != _bits(known)).sum()
+    torch.cuda.synchronize()
+    assert int(differing) == 0
+
+
+@EACH_OPERATOR
+def test_operators_on_maps_that_are_not_aligned(name, cuda):
+    """Views that begin at an odd element: of contiguous memory, so that nothing is copied."""
+    args = _operands(name, (3, 33, 9, 11), torch.bfloat16, torch.contiguous_format, cuda)
+    known = _call(name, args)
+    moved = []
+    for a in args:
+        if isinstance(a, torch.Tensor) and a.dim() == 4:
+            room = torch.empty(a.numel() + 1, dtype=a.dtype, device=cuda)
+            a = room[1:].view(a.shape).copy_(a)
+        moved.append(a)
+    for result, true in zip(_call(name, moved), known, strict=True):
+        torch.testing.assert_close(result, true)
+
+
+def test_sums_over_many_images(cuda):
+    """More images than the y and z axes of a grid have blocks, and one very long map."""
+    for shape in ((70_001, 3, 1, 1), (1, 3, 1, 70_001), (2, 1, 3000, 3001)):
+        x = torch.full(shape, 2.0, device=cuda)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            norm, _, variance = _ops.batch_norm_statistics(
+                x.contiguous(memory_format=layout), None, None, 1.0
+            )
+            assert (norm[0] == 2).all() and (norm[1] == 1).all() and (variance == 0).all()

@@ -21,7 +21,8 @@ struct NormGradients {
 };
 
 // A block has 8 channels, 32 bytes of a row; its threads share what there is of each in slices.
-constexpr int kTableThreads = 512, kTableChannels = 8;
+constexpr int kTableThreads = 512;
+constexpr int kTableChannels = 8;
 constexpr int kTableSlices = kTableThreads / kTableChannels;
 inline Launch choose_tables(int64_t channels) {
   Launch launch;
