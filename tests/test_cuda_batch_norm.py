@@ -203,6 +203,12 @@ def test_choices_fit_and_cover(kernels, shape, last, size, kind):
         assert 1 + -(-(vector - 1) // min(plane, vector)) == plan["pieces"]
 
 
+def test_images_of_few_pixels_need_no_second_kernel_for_sums(kernels):
+    """The sums of a chunk are large beside it where it has few pixels."""
+    for kind in ("pool", "sums"):
+        assert kernels.choose_sweep(kind, (128, 512, 49, True), 2, GPUS["H200"])["chunks"] == 1
+
+
 def test_small_planes_begin_at_vectors(kernels):
     for size, step in ((2, 8), (4, 4), (8, 2)):
         plan = kernels.choose_sweep("sums", (128, 512, 49, False), size, GPUS["H200"])

@@ -130,7 +130,7 @@ print("alive")"""
 # orders of threads, and at odd addresses: a cross-section, as all of it takes many minutes.
 SELECTION = (
     "odd_ or tile_7x7 or tile_31x41 or large_5x4 or direct_30x40 or narrow or empty"
-    " or both_7x7 or both_31x41 or schedules_give and batch_norm or misaligned and bfloat16"
+    " or both_7x7 or both_31x41 or (schedules_give or misaligned) and batch_norm"
 )
 FILES = (
     "aggregations",

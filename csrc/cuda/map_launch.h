@@ -1,4 +1,4 @@
-// What the choosers of spatial_softmax_gate and context_fusion share.
+// What the choosers of spatial_softmax_gate, context_fusion and sweeps share.
 #pragma once
 
 #include "core/window.h"

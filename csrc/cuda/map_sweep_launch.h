@@ -98,11 +98,12 @@ inline void choose_images(SweepPlan& plan, const SweepNeeds& needs, int element_
   plan.lanes = power_of_two_from(std::min<int64_t>(across, 32));
   plan.slabs = int(ceil_div(across, plan.lanes));
   plan.units = plan.rows / plan.channels * plan.slabs;
-  // As many steps as make coefficients and the merging of sums cost little; fewer where that leaves fewer than eight blocks
-  // for a multiprocessor.
+  // As many steps as make coefficients and the merging of sums cost little; fewer where that leaves few blocks. Sums of a
+  // chunk are written and read again, which costs more than a half empty GPU.
   const int64_t pixels = kSweepImageThreads / plan.lanes;  // of all threads
+  const int64_t wanted = (needs.sums > 0 ? 1 : 8) * int64_t(device.sm_count);
   int64_t steps = needs.steps;
-  while (steps > needs.batch && plan.units * ceil_div(plan.plane, steps * pixels) < 8 * device.sm_count) steps /= 2;
+  while (steps > needs.batch && plan.units * ceil_div(plan.plane, steps * pixels) < wanted) steps /= 2;
   const int64_t chunks = ceil_div(plan.plane, steps * pixels);
   plan.chunk = ceil_div(plan.plane, chunks);
   plan.chunks = int(ceil_div(plan.plane, plan.chunk));

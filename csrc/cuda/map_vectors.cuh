@@ -1,4 +1,5 @@
-// Maps as arrays of 16-byte vectors, one vector a thread and step: what spatial_softmax_gate and context_fusion share.
+// Maps as arrays of 16-byte vectors, one vector a thread and step: what spatial_softmax_gate, context_fusion and
+// the sweeps of map_sweep.cuh share.
 //
 // NCHW: a range of elements is cut at multiples of the vector, so that every vector is aligned when the map is; the first
 // and the last may belong to the range in part. channels_last: a vector holds neighbouring channels of one pixel; it is
