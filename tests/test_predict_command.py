@@ -228,5 +228,5 @@ def test_numbers_that_are_not_finite(predict, folder):
     tensors = load_file(folder / "w.safetensors")
     tensors["fc.bias"][0] = 1e5
     save_file(tensors, folder / "large.safetensors")
-    refused = predict("images", "--dtype", "float16", checkpoint="large.safetensors")
+    refused = predict("images/one.png", "--dtype", "float16", checkpoint="large.safetensors")
     assert_refused(refused, "not finite, torch.float16; try --dtype bfloat16 or float32")
