@@ -78,15 +78,22 @@ class _Backbone(nn.Module):
             elif isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
 
-    def _maps(self, images: Tensor) -> list[Tensor]:
-        """The map after the stem, and that of each stage."""
-        maps = [self.act1(self.bn1(self.conv1(images)))]
-        x = self.maxpool(maps[0])
+    def _run(self, images: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        """The map of the last stage; to `maps` go that after the stem and those of the stages.
+
+        Where nobody asks for them they are not kept: after the stem of some variants the map is
+        the largest of all.
+        """
+        x = self.act1(self.bn1(self.conv1(images)))
+        if maps is not None:
+            maps.append(x)
+        x = self.maxpool(x)
         for name in self.stage_names:
             for block in getattr(self, name):
                 x = recompute(block, x) if self.grad_checkpointing and self.training else block(x)
-            maps.append(x)
-        return maps
+            if maps is not None:
+                maps.append(x)
+        return x
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep the inputs of the blocks only, and compute the rest twice."""
@@ -135,7 +142,7 @@ class CoTNet(_Backbone):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The map of the last stage, `[N, 2048, H/32, W/32]`."""
-        return self._maps(images)[-1]
+        return self._run(images)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits of the map of the last stage; what the classifier would see if `pre_logits`."""
@@ -193,7 +200,8 @@ class CoTNetFeatures(_Backbone):
         self._initialise()
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        maps = self._maps(images)
+        maps: list[Tensor] = []
+        self._run(images, maps)
         return [maps[index] for index in self.out_indices]
 
 
