@@ -254,6 +254,46 @@ def test_a_residual_block_is_three_calls(kind, dtype):
     assert torch.equal(x, before)  # the sum did not write to the input
 
 
+class WritesToAMap(Residual):
+    """Somebody looks at what was written to."""
+
+    def forward(self, x):
+        y = x * 2
+        kept = y[:, :2]
+        y += self.bn3(self.conv3(x))
+        y *= 3
+        return kept - y.sum()
+
+
+class WritesToAConvolution(Residual):
+    """The sum is wanted under its old name."""
+
+    def forward(self, x):
+        y = self.conv2(x)
+        z = y
+        y += self.bn3(self.conv3(x))
+        return y * z
+
+
+class WritesBefore(Residual):
+    """The input of the convolution is another one when the sum is taken."""
+
+    def forward(self, x):
+        y = self.conv2(x)
+        z = self.bn3(self.conv3(y))
+        y.mul_(2)
+        return z + x
+
+
+@pytest.mark.parametrize("kind", [WritesToAMap, WritesToAConvolution, WritesBefore])
+def test_what_is_written_in_place_stays_in_its_place(kind):
+    x = torch.randn(4, 16, 9, 7)
+    model = calibrate(nn.Sequential(kind()), x).double()
+    fast = optimize_for_inference(model)
+    assert type(fast[0]) is kind
+    assert_same(model, fast, x.double())
+
+
 def test_the_sum_with_a_fresh_shortcut_is_written_to_it():
     model = nn.Sequential(
         Bottleneck(
@@ -485,6 +525,27 @@ def test_a_backbone_and_its_reference():
         truth = copy.deepcopy(model).double()(x.double())
         for got, same, exact in zip(fast(x), model(x), truth, strict=True):
             assert_no_worse({"map": got}, {"map": exact}, {"map": same})
+
+
+class Views(Twice):
+    """Asks for a view that only contiguous maps have."""
+
+    def forward(self, x):
+        return self._flat(self.bn(self.conv(x)))
+
+    def _flat(self, y):
+        return y.view(y.shape[0], 2, -1).sum(2)
+
+
+def test_maps_that_are_viewed_stay_contiguous(caplog):
+    x = torch.randn(4, 4, 6, 5)
+    model = calibrate(nn.Sequential(Views()), x).double()
+    with caplog.at_level(logging.DEBUG, "cotnet_ext.inference"):
+        fast = optimize_for_inference(model)
+    assert "maps stay contiguous: Views uses view" in caplog.text
+    assert_same(model, fast, x.double())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="view"):
+        optimize_for_inference(model, memory_format=CL)(x.double())
 
 
 # ---- a copy for evaluation only ------------------------------------------------------------------

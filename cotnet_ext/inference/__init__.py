@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .graph import fuse_chains, fuse_sums, log, replace
+from .graph import class_with_views, fuse_chains, fuse_sums, log, replace
 from .layers import NotFusable, fuse_layer
 
 __all__ = ["optimize_for_inference"]
@@ -43,8 +43,9 @@ def optimize_for_inference(
             it. None: as they are. On the CPU bfloat16 is fastest on processors that compute with
             it, float32 on others.
         memory_format: of the maps inside and of the results, `torch.channels_last` or
-            `torch.contiguous_format`. None: the faster one on the model's device, which is
-            channels_last on all of them.
+            `torch.contiguous_format`. None: channels_last, which is the faster one, unless some
+            `forward` of the model calls `view`: maps that are channels_last often have no such
+            views.
 
     Returns:
         A copy in evaluation mode with parameters that need no gradients, of the same class where
@@ -58,7 +59,7 @@ def optimize_for_inference(
         ValueError: `dtype` is no floating dtype, or `memory_format` is another one.
     """
     _check(model, dtype, memory_format)
-    memory_format = torch.channels_last if memory_format is None else memory_format
+    memory_format = _choose_format(model) if memory_format is None else memory_format
     model = copy.deepcopy(model).eval()
     model.requires_grad_(False)
     with torch.no_grad():
@@ -88,6 +89,14 @@ def _check(
             "memory_format must be torch.channels_last or torch.contiguous_format, "
             f"got {memory_format}"
         )
+
+
+def _choose_format(model: nn.Module) -> torch.memory_format:
+    viewer = class_with_views(model)
+    if viewer is None:
+        return torch.channels_last
+    log.debug("maps stay contiguous: %s uses view", viewer.__name__)
+    return torch.contiguous_format
 
 
 def _fuse_layers(model: nn.Module, memory_format: torch.memory_format) -> nn.Module:

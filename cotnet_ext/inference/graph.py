@@ -21,7 +21,7 @@ import logging
 import operator
 import types
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import fx, nn
@@ -43,8 +43,26 @@ _NOTHING_BY_NAME = ("DropPath",)
 _TYPE_QUESTIONS = {"isinstance", "type", "issubclass", "hasattr"}
 
 
+class _Proxy(fx.Proxy):
+    """Records `a += b` as what it is, where `torch.fx` makes a new tensor of it."""
+
+
+def _in_place(operation: Callable) -> Callable:
+    def record(self: _Proxy, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return record
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior"):
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
 class _ShallowTracer(fx.Tracer):
     """Follows one `forward`; whatever it calls of its submodules is one node."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -91,6 +109,16 @@ def _code(kind: type, name: str, seen: set[str]) -> Iterator[types.CodeType]:
         for other in code.co_names:
             if other not in seen:
                 yield from _code(kind, other, seen)
+
+
+def class_with_views(model: nn.Module) -> type[nn.Module] | None:
+    """A class of `model` whose forward calls `view`, which channels_last maps often do not have."""
+    known = ("torch", __package__.partition(".")[0])
+    for kind in dict.fromkeys(map(type, model.modules())):
+        foreign = kind.__module__.partition(".")[0] not in known
+        if foreign and any("view" in code.co_names for code in _code(kind, "forward", set())):
+            return kind
+    return None
 
 
 # ---- one pass over a model -----------------------------------------------------------------------
@@ -285,18 +313,20 @@ def _bare_conv(block: nn.Module, node: object, calls: Counter) -> FusedConv2d | 
 
 
 def _fuse_sum(block: nn.Module, graph: fx.Graph, node: fx.Node, calls: Counter) -> bool:
-    order = list(graph.nodes)
+    order = {each: place for place, each in enumerate(graph.nodes)}
     left, right = node.args
-    # Of two convolutions, the later one: the result of the other must be there.
-    pairs = sorted([(left, right), (right, left)], key=lambda pair: -order.index(pair[0]))
-    for conv_node, other in pairs:
-        conv = _bare_conv(block, conv_node, calls)
-        if conv is None or conv_node is other:
+    # Of two convolutions, the later one: it moves to where the sum was.
+    for conv_node, other in sorted([(left, right), (right, left)], key=lambda p: -order[p[0]]):
+        if _bare_conv(block, conv_node, calls) is None or conv_node is other:
             continue
-        # Written in place by `+=`: no other node may have counted on that.
-        in_place = node.target in (operator.iadd, "add_") and left is other
-        if in_place and any(order.index(user) > order.index(node) for user in other.users):
-            continue
+        if _writes_to(node, other) and (
+            other.op != "call_module" or any(order[user] > order[node] for user in other.users)
+        ):
+            continue  # somebody may count on what `other += ...` wrote
+        between = range(order[conv_node] + 1, order[node])
+        users = [user for arg in conv_node.all_input_nodes for user in arg.users]
+        if any(order[user] in between and not _is_conv(block, user) for user in users):
+            continue  # which may write to the input of the convolution before it is read
         fresh = _is_fresh(block, other, calls)
         with graph.inserting_before(node):
             total = graph.call_module(conv_node.target, (*conv_node.args, other, fresh))
@@ -305,6 +335,15 @@ def _fuse_sum(block: nn.Module, graph: fx.Graph, node: fx.Node, calls: Counter) 
         graph.erase_node(conv_node)
         return True
     return False
+
+
+def _writes_to(node: fx.Node, other: fx.Node) -> bool:
+    """Whether a sum is written to one of its terms."""
+    return node.target in (operator.iadd, "add_") and node.args[0] is other
+
+
+def _is_conv(block: nn.Module, node: fx.Node) -> bool:
+    return node.op == "call_module" and type(block.get_submodule(node.target)) is FusedConv2d
 
 
 def _is_fresh(block: nn.Module, node: fx.Node, calls: Counter) -> bool:
