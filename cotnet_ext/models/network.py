@@ -95,6 +95,12 @@ class _Backbone(nn.Module):
                 maps.append(x)
         return x
 
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        """The map after the stem, and that of each stage."""
+        maps: list[Tensor] = []
+        self._run(images, maps)
+        return maps
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep the inputs of the blocks only, and compute the rest twice."""
         self.grad_checkpointing = enable
@@ -200,8 +206,7 @@ class CoTNetFeatures(_Backbone):
         self._initialise()
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        maps: list[Tensor] = []
-        self._run(images, maps)
+        maps = self._maps(images)
         return [maps[index] for index in self.out_indices]
 
 
