@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 # What most programs do not need is imported when it is first asked for.
-_MODULES = ("compat", "models", "reference")
+_MODULES = ("compat", "export", "models", "reference")
 _FUNCTIONS = {"convert": "conversion", "optimize_for_inference": "inference"}
 
 

@@ -424,8 +424,9 @@ class CoXtLayer(_ContextualLayer):
 def _mean_of_sum(dynamic: Tensor, static: Tensor) -> Tensor:
     """The mean over the map of `dynamic + static`, `[N, C, 1, 1]`, without their sum."""
     wide = (torch.float32, torch.float64)
-    if dynamic.dtype not in wide or static.dtype not in wide:
-        # A sum over the map would be rounded once more, and may lie outside float16.
+    if torch.compiler.is_compiling() or dynamic.dtype not in wide or static.dtype not in wide:
+        # A sum over the map would be rounded once more, and may lie outside float16. Compilers and
+        # exporters do better with a mean than with a division by a size that may be open.
         return dynamic.mean((2, 3), keepdim=True) + static.mean((2, 3), keepdim=True)
     # Divided after the sums: the gradient of a sum is a view, that of a mean is written as a map.
     pixels = dynamic.shape[2] * dynamic.shape[3]

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import convert, demo, info, predict
+from . import convert, demo, export, info, predict
 from .command import UsageError
 
 PROGRAM = "cotnet-ext"
-COMMANDS = tuple(command.COMMAND for command in (info, demo, convert, predict))
+COMMANDS = tuple(command.COMMAND for command in (info, demo, convert, predict, export))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
