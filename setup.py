@@ -114,6 +114,8 @@ def native_build() -> dict:
         # Before torch's libraries, which carry parts of the C++ library that are not for us to use.
         libraries=["stdc++"] if sys.platform == "linux" else [],
         extra_compile_args=flags,
+        # Programs without Python load the library too: names of Python stay open until called.
+        extra_link_args=["-Wl,-z,lazy"] if sys.platform == "linux" else [],
         py_limited_api=limited_api,
     )
     # Last, so that a toolkit's own headers are found before those of the pip packages.

@@ -36,6 +36,7 @@ def onnx(
     *,
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
+    optimize: bool = True,
     opset: int | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
@@ -53,6 +54,8 @@ def onnx(
         path: ends in ``.onnx``.
         dynamic_shapes: what stays open, as :func:`torch.export.export` takes it; batch, height and
             width of every layer may.
+        optimize: export ``optimize_for_inference(model)``, in which norms are folded and layers
+            fused; results are compared with those of ``model`` itself.
         opset: version of the ONNX operators, 18 or newer; for bfloat16 22 or newer. Default: these.
         input_names, output_names: names in the file, default: those of the program.
         samples: more positional arguments to compare with, of other sizes where they are dynamic.
@@ -68,7 +71,8 @@ def onnx(
     has_bfloat16 = any(t.dtype == torch.bfloat16 for t in model.state_dict().values())
     opset = _onnx.choose_opset(opset, has_bfloat16)
     with replacing(path, ".onnx") as new:
-        program = trace(model, args, kwargs, dynamic_shapes)
+        chosen = _optimized(model, torch.contiguous_format) if optimize else model
+        program = trace(chosen, args, kwargs, dynamic_shapes)
         translated = _onnx.translate(program, opset, input_names, output_names)
         _onnx.name_axes(translated, dynamic_shapes)
         _onnx.write(translated, new)
@@ -122,6 +126,7 @@ def aoti(
     *,
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
+    optimize: bool = True,
     decompose: bool = False,
     samples: _Samples = (),
 ) -> float:
@@ -132,15 +137,17 @@ def aoti(
     programs ``import cotnet_ext`` before they load it, and C++ programs load the library.
 
     Args:
-        model, args, kwargs, dynamic_shapes, samples: as for :func:`onnx`. The package runs on the
-            model's device.
+        model, args, kwargs, dynamic_shapes, optimize, samples: as for :func:`onnx`. The package
+            runs on the model's device.
         path: ends in ``.pt2``.
         decompose: without the fused operators. The package then needs libtorch only, and is slower.
 
     Returns, raises: as :func:`onnx`.
     """
+    check_arguments(model, args)
     with replacing(path, ".pt2") as new:
-        program = _traced(model, args, kwargs, dynamic_shapes, decompose)
+        chosen = _optimized(model) if optimize else model
+        program = _traced(chosen, args, kwargs, dynamic_shapes, decompose)
         # Freezing folds norms into convolutions and lays out their weights.
         with torch.no_grad():
             torch._inductor.aoti_compile_and_package(
@@ -148,6 +155,12 @@ def aoti(
             )
         loaded = torch._inductor.aoti_load_package(str(new))
         return compare(loaded, model, _all(args, kwargs, samples), "the package")
+
+
+def _optimized(model: nn.Module, memory_format: torch.memory_format | None = None) -> nn.Module:
+    from ..inference import optimize_for_inference
+
+    return optimize_for_inference(model, memory_format=memory_format)
 
 
 def _traced(
