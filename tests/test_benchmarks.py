@@ -18,7 +18,17 @@ import pytest
 import torch
 
 import cotnet_ext
-from benchmarks import accuracy, byte_model, clocks, figures, memory, official, one_thread, report
+from benchmarks import (
+    accuracy,
+    bench_layer_parts,
+    byte_model,
+    clocks,
+    figures,
+    memory,
+    official,
+    one_thread,
+    report,
+)
 from benchmarks.__main__ import main, names
 from benchmarks.comparison import Comparison, Contender, Options, dtype_name
 from benchmarks.harness import Pool, measure
@@ -33,7 +43,7 @@ FIELDS = {
     "op", "pass", "provider", "rounds", "ms", "error",
 }  # fmt: skip
 
-NO_OPERATORS = {"inference", "modules", "networks", "overhead"}
+NO_OPERATORS = {"inference", "layer_parts", "modules", "networks", "overhead"}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +86,9 @@ def test_every_benchmark_leaves_rows(quick):
     modules = {"CoTAttention", "CotLayer", "CoXtLayer"}
     overhead = {"import", "one call"}
     optimised = {f"optimised {name}" for name in modules}
-    assert ops == (set(names()) - NO_OPERATORS) | modules | optimised | overhead | {"cotnet50"}
+    parts = {case.name for case in bench_layer_parts.CASES}
+    operators = set(names()) - NO_OPERATORS
+    assert ops == operators | parts | modules | optimised | overhead | {"cotnet50"}
 
 
 def test_rows_are_complete_and_were_checked(quick):
