@@ -44,13 +44,22 @@ def fused_layer(layer: nn.Module, input: Tensor) -> Tensor:
 # ---- selection -----------------------------------------------------------------------------------
 
 
+def _as_it_is(t: Tensor) -> Tensor:
+    return t
+
+
 class _Selection:
     """`softmax(se(pooled))` on `[N, C]` with a backward of its own: PyTorch records it, on tensors
-    that nobody else sees."""
+    that nobody else sees.
+
+    What it saves is small and not for hooks that others have set: checkpointing would compute a
+    block again for it, in every backward within the backward.
+    """
 
     def __init__(self, se: nn.Sequential, pooled: Tensor, parameters: tuple) -> None:
         wide = pooled.dtype
-        with torch.enable_grad():
+        hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+        with torch.enable_grad(), hooks:
             self._inputs = [
                 None if t is None else t.detach().to(wide).requires_grad_()
                 for t in (pooled, *parameters)

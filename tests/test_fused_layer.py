@@ -304,11 +304,18 @@ def test_hooks_of_parameters_fire_once(name):
 
 @each_layer
 def test_checkpointed(name):
-    """Recomputed in the backward; running statistics move twice there, as those of any module."""
+    """Recomputed once in the backward; running statistics move there too, as of any module."""
     layer, x = build(modules, name), leaf(name)
     expected = run(copy.deepcopy(layer), make_input(name))
-    y = checkpoint(layer, x, use_reentrant=False)
+    calls = []
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(1)
+        return layer(2 * x)
+
+    y = checkpoint(counted, x / 2, use_reentrant=False)
     y.backward(randn(*y.shape, key="grad"))
+    assert len(calls) == 2
     torch.testing.assert_close(x.grad, expected["input"])
     for key, parameter in layer.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[key], msg=key)
