@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 from cotnet_ext import models
@@ -91,4 +92,6 @@ def _range(key: str) -> tuple[float, float]:
 
 def compiled_for_inference(model: nn.Module) -> nn.Module:
     """`torch.compile` at its best for evaluation: parameters are constants of the program."""
-    return torch.compile(model, fullgraph=True, dynamic=False, options={"freezing": True})
+    # As an option of this one call, parameters would not become constants.
+    torch._inductor.config.freezing = True
+    return torch.compile(model, fullgraph=True, dynamic=False)

@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+import torch._inductor.config
 from documents import ROOT, broken_links, run_document
 from layers import LAYERS, assert_no_worse, both_layouts, build, every_kind, every_layer, make_input
 from torch import Tensor, nn
@@ -661,8 +662,8 @@ def test_it_compiles_as_one_graph(freezing):
     model = calibrate(nn.Sequential(Residual()), x)
     fast = optimize_for_inference(model)
     torch.compiler.reset()
-    compiled = torch.compile(fast, fullgraph=True, options={"freezing": freezing})
-    with torch.no_grad():
+    compiled = torch.compile(fast, fullgraph=True)
+    with torch.no_grad(), torch._inductor.config.patch(freezing=freezing):
         truth = copy.deepcopy(model).double()(x.double())
         assert_no_worse({"output": compiled(x)}, {"output": truth}, {"output": model(x)})
 
@@ -826,8 +827,10 @@ def test_the_document(tmp_path, caplog):
     document = ROOT / "docs" / "inference.md"
     assert broken_links(document) == []
     handlers, logger = list(logging.root.handlers), logging.getLogger("cotnet_ext.inference")
+    torch.compiler.reset()
     try:
-        run_document(document, tmp_path)
+        with torch._inductor.config.patch(freezing=False):  # restored whatever the document sets
+            run_document(document, tmp_path)
     finally:
         logger.setLevel(logging.NOTSET)
         logging.root.handlers[:] = handlers
