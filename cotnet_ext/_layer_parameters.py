@@ -33,6 +33,14 @@ class Parameters(NamedTuple):
     excite_bias: Tensor | None
 
 
+PATHS = (
+    "key_embed.0.weight", "key_embed.1.weight", "key_embed.1.bias",
+    "embed.0.weight", "embed.1.weight", "embed.1.bias",
+    "embed.3.weight", "embed.3.bias", "embed.4.weight", "embed.4.bias",
+    "conv1x1.0.weight", "conv1x1.1.weight", "conv1x1.1.bias",
+    "bn.weight", "bn.bias",
+    "se.0.weight", "se.0.bias", "se.1.weight", "se.1.bias", "se.3.weight", "se.3.bias",
+)  # fmt: skip
 SELECTION = slice(Parameters._fields.index("squeeze"), None)  # the parameters of `se`
 OF_BATCH_NORMS = frozenset(
     f"{norm}{part}"

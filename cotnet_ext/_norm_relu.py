@@ -59,7 +59,7 @@ class _NormRelu(Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             grads = _composed_gradients(ctx, grad, x, weight, bias)
         else:
             norm = ctx.norm
@@ -71,8 +71,17 @@ class _NormRelu(Function):
 
 
 def _composed_gradients(ctx, grad, *tensors) -> tuple[Tensor | None, ...]:
-    """The gradients as functions that can be differentiated again."""
-    x, weight, bias = tensors
+    """The gradients as functions that can be differentiated again, or mapped over."""
+    with torch.enable_grad():
+        places = [None if t is None else t.view_as(t) for t in tensors]
+        y = _composed(ctx, *places)
+    needs = ctx.needs_input_grad[2:]
+    wanted = [t for t, need in zip(places, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return tuple(next(found) if need else None for need in needs)
+
+
+def _composed(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if ctx.norm.batch:
         y = F.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps)
     else:
@@ -80,7 +89,4 @@ def _composed_gradients(ctx, grad, *tensors) -> tuple[Tensor | None, ...]:
         factor = ctx.norm.factor if weight is None else ctx.norm.factor * weight
         shift = 0 if bias is None else bias[:, None, None]
         y = ((x - mean[:, None, None]) * factor[:, None, None] + shift).to(x.dtype)
-    y = y.relu() if ctx.relu else y
-    wanted = [t for t, need in zip(tensors, ctx.needs_input_grad[2:], strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-    return tuple(next(found) if need else None for need in ctx.needs_input_grad[2:])
+    return y.relu() if ctx.relu else y

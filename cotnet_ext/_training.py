@@ -19,6 +19,9 @@ What this cannot honour takes the composed layer: see `_fusable`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -26,7 +29,7 @@ from torch.nn import functional as F
 
 from . import _ops
 from ._batch_norm import Norm, norm_of, update_running, uses_batch
-from ._layer_parameters import SELECTION, Parameters, parameters_of
+from ._layer_parameters import PATHS, SELECTION, Parameters, parameters_of
 from ._ops import below_autograd as _run
 from ._products import Products
 
@@ -44,6 +47,11 @@ def fused_layer(layer: nn.Module, input: Tensor) -> Tensor:
 # ---- selection -----------------------------------------------------------------------------------
 
 
+def _detached(t: Tensor) -> Tensor:
+    # A result that a node saves of its own would keep that node, and itself, for good.
+    return t.detach()
+
+
 def _as_it_is(t: Tensor) -> Tensor:
     return t
 
@@ -58,7 +66,7 @@ class _Selection:
 
     def __init__(self, se: nn.Sequential, pooled: Tensor, parameters: tuple) -> None:
         wide = pooled.dtype
-        hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+        hooks = torch.autograd.graph.saved_tensors_hooks(_detached, _as_it_is)
         with torch.enable_grad(), hooks:
             self._inputs = [
                 None if t is None else t.detach().to(wide).requires_grad_()
@@ -127,6 +135,7 @@ class _Layer(Function):
     @staticmethod
     def forward(ctx, layer, dtype, input, *parameters):
         ctx.layer, ctx.dtype = layer, dtype
+        ctx.modes = [norm.training for norm in _norms(layer)]
         outside = input.stride(1) == 1 and input.shape[1] > 1 and not input.is_contiguous()
         inside = outside or _is_small(input)
         ctx.outside, ctx.inside = outside, inside
@@ -151,30 +160,29 @@ class _Layer(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return _composed_gradients(ctx, grad)
         with torch.autocast(grad.device.type, enabled=False):
             return None, None, *_Backward(ctx, grad).gradients()
 
 
 def _composed_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients as functions that can be differentiated again."""
+    """The gradients as functions that can be differentiated again, or mapped over."""
     count = 1 + len(Parameters._fields)
-    input, *parameters = ctx.saved_tensors[:count]
-    named = {id(t): name for name, t in _Composed(ctx.layer).named_parameters()}
-    current = parameters_of(ctx.layer)
-    state = {
-        named[id(now)]: then
-        for now, then in zip(current, parameters, strict=True)
-        if then is not None and id(now) in named
-    }
-    state |= {name: b.clone() for name, b in _Composed(ctx.layer).named_buffers()}
-    casts = ctx.dtype != input.dtype
+    # Views, one for each place: a parameter that stands in two of them has a gradient in each.
+    inputs = [None if t is None else t.view_as(t) for t in ctx.saved_tensors[:count]]
+    state = {f"layer.{path}": t for path, t in zip(PATHS, inputs[1:], strict=True) if t is not None}
+    composed = _Composed(ctx.layer)
+    state |= {name: b.clone() for name, b in composed.named_buffers(remove_duplicate=False)}
+    casts = ctx.dtype != inputs[0].dtype
     dtype = ctx.dtype if casts else None
-    with torch.enable_grad(), torch.autocast(input.device.type, dtype, casts):
-        output = torch.func.functional_call(_Composed(ctx.layer), state, (input,))
+    with (
+        torch.enable_grad(),
+        torch.autocast(inputs[0].device.type, dtype, casts),
+        _modes(ctx.layer, ctx.modes),
+    ):
+        output = torch.func.functional_call(composed, state, (inputs[0],), tie_weights=False)
     needed = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]
-    inputs = [input, *parameters]
     grads = torch.autograd.grad(
         output, [inputs[i] for i in needed], grad, create_graph=True, allow_unused=True
     )
@@ -182,6 +190,24 @@ def _composed_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     for i, g in zip(needed, grads, strict=True):
         results[i] = g
     return None, None, *results
+
+
+def _norms(layer: nn.Module) -> list[nn.Module]:
+    return [layer.key_embed[1], layer.embed[1], layer.conv1x1[1], layer.bn, layer.se[1]]
+
+
+@contextmanager
+def _modes(layer: nn.Module, modes: list[bool]) -> Iterator[None]:
+    """Within it the norms of the layer are in these modes, training or evaluation."""
+    norms = _norms(layer)
+    before = [norm.training for norm in norms]
+    try:
+        for norm, training in zip(norms, modes, strict=True):
+            norm.training = training
+        yield
+    finally:
+        for norm, training in zip(norms, before, strict=True):
+            norm.training = training
 
 
 class _Forward:

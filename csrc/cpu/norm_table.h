@@ -15,8 +15,9 @@ void norm_backward_row(const MapProblem& p, const NormOf<acc>& norm, int64_t c, 
                        acc* grad_weight, acc* grad_bias) {
   const double factor = double(norm.factor[c]), share = norm.batch ? 1 / double(p.batch * p.plane) : 0;
   for (int row = 0; row < 3; ++row) table[row * p.channels + c] = norm.table[row * p.channels + c];
-  table[3 * p.channels + c] = acc(grad_z * share);
-  table[4 * p.channels + c] = acc(with_x * factor * factor * share);
+  // Given statistics: zero, also where a sum is infinite or no number, so that images stay apart.
+  table[3 * p.channels + c] = norm.batch ? acc(grad_z * share) : acc(0);
+  table[4 * p.channels + c] = norm.batch ? acc(with_x * factor * factor * share) : acc(0);
   grad_weight[c] = acc(with_x * factor);
   grad_bias[c] = acc(grad_z);
 }

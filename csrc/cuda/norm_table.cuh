@@ -82,8 +82,9 @@ norm_table_kernel(const Terms terms, int64_t parts, int64_t channels, const Norm
   if (place.slice > 0 || c >= channels) return;
   const double factor = double(load_wide(norm.factor + c));
   for (int row = 0; row < 3; ++row) store_narrow(to.table + row * channels + c, load_wide(norm.table + row * channels + c));
-  store_narrow(to.table + 3 * channels + c, acc(grad_z * share));
-  store_narrow(to.table + 4 * channels + c, acc(with_x * factor * factor * share));
+  // Given statistics: zero, also where a sum is infinite or no number, so that images stay apart.
+  store_narrow(to.table + 3 * channels + c, share > 0 ? acc(grad_z * share) : acc(0));
+  store_narrow(to.table + 4 * channels + c, share > 0 ? acc(with_x * factor * factor * share) : acc(0));
   store_narrow(to.grad_weight + c, acc(with_x * factor));
   store_narrow(to.grad_bias + c, acc(grad_z));
 }
