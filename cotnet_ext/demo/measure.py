@@ -46,16 +46,20 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return peak
 
 
-def scaled_error(result: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest difference between two lists of tensors, in units of the largest entry.
+def scaled_error(
+    result: Sequence[Tensor], exact: Sequence[Tensor], *as_exact: Sequence[Tensor]
+) -> float:
+    """The largest difference between two lists of tensors, in units of the largest entry. With
+    more answers that are `as_exact`, what lies between the least and the largest has none.
 
     The unit is one for a whole list (outputs, or all gradients of a step), because entries that
     are zero up to rounding, such as the gradient of a bias that a norm cancels, have no size of
     their own to compare with.
     """
     unit = torch.stack([tensor.double().abs().max() for tensor in exact]).max()
-    differences = [
-        (ours.double() - theirs.double()).abs().max()
-        for ours, theirs in zip(result, exact, strict=True)
-    ]
+    differences = []
+    for ours, *answers in zip(result, exact, *as_exact, strict=True):
+        ours, answers = ours.double(), torch.stack(answers).double()
+        least, largest = answers.amin(0), answers.amax(0)
+        differences.append((ours - ours.clamp(least, largest)).abs().max())
     return float(torch.stack(differences).max() / unit)  # NaN stays NaN
