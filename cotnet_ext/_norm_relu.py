@@ -59,7 +59,7 @@ class _NormRelu(Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if _ops.must_compose(grad):
             grads = _composed_gradients(ctx, grad, x, weight, bias)
         else:
             norm = ctx.norm

@@ -60,6 +60,16 @@ def below_autograd(op: Callable, *args):
         return op(*args)
 
 
+def must_compose(grad: Tensor) -> bool:
+    """Whether a backward is differentiated again, or runs under ``torch.func``."""
+    if torch._C._functorch.is_legacy_batchedtensor(grad):
+        raise NotImplementedError(
+            "is_grads_batched (jacobian with vectorize=True) is not supported by fused layers: "
+            "take the gradients one by one, or use torch.func"
+        )
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
 @functools.cache
 def build_info() -> dict[str, object]:
     """What was compiled: version, CUDA (bool, version, architectures), oldest torch, compiler,

@@ -160,7 +160,7 @@ class _Layer(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if _ops.must_compose(grad):
             return _composed_gradients(ctx, grad)
         with torch.autocast(grad.device.type, enabled=False):
             return None, None, *_Backward(ctx, grad).gradients()
