@@ -40,7 +40,7 @@ def _evaluation(network: Network, options: Options) -> Comparison:
         provider: str, function: Function, layout: str = "contiguous", dtype: torch.dtype = dtype
     ) -> Contender:
         images = Images(shape, dtype, layout, options.device)
-        return Contender(provider, function, truth.to(dtype), images)
+        return Contender(provider, function, truth, images)
 
     contenders = [
         contender(SUBJECT, fast),
