@@ -10,6 +10,7 @@ import pathlib
 import sys
 import types
 
+import numpy
 import pytest
 import torch
 from test_cli import assert_refused, run
@@ -101,7 +102,6 @@ def test_the_weights_themselves_can_be_asked_for(tmp_path):
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_settings_beside_the_weights_are_plain_data(tmp_path, monkeypatch, settings, zipped):
     """The official `args` are of yacs, others' of argparse: read without either."""
-    numpy = pytest.importorskip("numpy")
     path = tmp_path / "weights.pth.tar"
     contents = official(STATE, args=settings) | {
         "options": argparse.Namespace(lr=0.1, folder=pathlib.Path("runs")),

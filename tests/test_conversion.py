@@ -7,6 +7,7 @@ import io
 import logging
 
 import pytest
+import timm
 import torch
 from cases import randn
 from detector import LAYERS, Detector
@@ -256,7 +257,6 @@ def test_a_detector(training):
 
 @both_modes
 def test_a_resnet_of_timm(training):
-    timm = pytest.importorskip("timm")
     model = timm.create_model("resnet26", num_classes=5)
     for stage in (model.layer2, model.layer3):
         block = stage[-1]

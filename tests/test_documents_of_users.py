@@ -29,7 +29,6 @@ def others(tmp_path, monkeypatch):
 
 
 def test_existing_models(others, capsys):
-    pytest.importorskip("timm")
     from models import cotnet
 
     torch.save({"model": Detector(cotnet).half(), "ema": None}, others / "best.pt")

@@ -15,7 +15,6 @@ MODELS, CHECKPOINTS = ROOT / "docs" / "models.md", ROOT / "docs" / "checkpoints.
 
 
 def test_models(tmp_path, capsys):
-    pytest.importorskip("timm")
     run_document(MODELS, tmp_path)
     printed = capsys.readouterr().out
     # What the comments beside `print` promise.

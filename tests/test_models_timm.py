@@ -7,12 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from documents import OPERATORS, ROOT
 
 from cotnet_ext.models import CoTNet, CoTNetFeatures, create_model, list_models
-
-timm = pytest.importorskip("timm")
 
 
 def python(code: str, *folders: os.PathLike, check: bool = True) -> subprocess.CompletedProcess:

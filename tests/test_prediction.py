@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm.data as timm_data
 import torch
 from cases import randn
 from PIL import Image
@@ -41,7 +42,6 @@ def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])
 @pytest.mark.parametrize("size", [(300, 200), (201, 333), (13, 9), (224, 224)])
 def test_prepared_images_are_those_of_timm(tmp_path, size, mode):
-    timm_data = pytest.importorskip("timm.data")
     path = tmp_path / f"image.{'tif' if mode == 'CMYK' else 'png'}"
     picture(*size, mode).save(path)
     for name in ("cotnet50", "se_cotnetd_152", "se_cotnetd_152_L"):
