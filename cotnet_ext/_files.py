@@ -19,7 +19,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The unfinished file has the ending of `path`. If the block fails, or the process is killed in
     it, `path` is what it was; after the block it is the new file, on the disk. A link keeps
-    pointing where it did, and an existing file keeps its permissions.
+    pointing where it did, an existing file keeps its permissions, and a new one has those of any
+    new file, whatever the writer does.
 
     Raises:
         OSError: the folder is missing or cannot be written to, or `path` is a folder or a device;
@@ -35,9 +36,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     with open(unfinished, "xb"):  # whether it can be written, and the permissions of a new file
         pass
     try:
+        permissions = (target if target.exists() else unfinished).stat().st_mode & 0o777
         yield unfinished
-        if target.exists():
-            unfinished.chmod(target.stat().st_mode & 0o777)
+        unfinished.chmod(permissions)  # some writers bring a file with others: safetensors
         _flush(unfinished)
         os.replace(unfinished, target)
         with contextlib.suppress(OSError):  # not every file system knows this of folders

@@ -47,6 +47,11 @@ def test_help_lists_the_commands(capsys):
         assert command.name in out
 
 
+def test_version(capsys):
+    expected = f"cotnet-ext {cotnet_ext.build_info()['version']}\n"
+    assert run(capsys, "--version") == (0, expected, "")
+
+
 @pytest.mark.parametrize("command", [command.name for command in cli.COMMANDS])
 def test_every_command_has_help(capsys, command):
     code, out, err = run(capsys, command, "--help")

@@ -30,6 +30,18 @@ def test_a_new_file_and_its_permissions(tmp_path):
     assert names(tmp_path) == ["new.bin", "plain"]
 
 
+def test_permissions_when_the_writer_brings_a_file_of_its_own(tmp_path):
+    """As safetensors does: a private file that is renamed."""
+    path, own = tmp_path / "new.bin", tmp_path / "own"
+    with replacing(path) as unfinished:
+        own.write_bytes(b"new")
+        own.chmod(0o600)
+        own.replace(unfinished)
+    (tmp_path / "plain").write_bytes(b"")
+    assert path.read_bytes() == b"new"
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_failure_leaves_the_old_file(tmp_path):
     path = tmp_path / "old.bin"
     path.write_bytes(b"old")

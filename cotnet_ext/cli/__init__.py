@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .._version import __version__
 from . import convert, demo, export, info, predict
 from .command import UsageError
 
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM, description="Contextual transformer blocks for PyTorch, in C++ kernels."
     )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for command in COMMANDS:
         subparser = commands.add_parser(
