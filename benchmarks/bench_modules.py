@@ -1,19 +1,21 @@
-"""The modules against the reference modules with the same parameters."""
+"""The modules against the reference modules with the same parameters; training steps of contextual
+layers against the compiled reference too."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from cotnet_ext import modules, reference
 
+from . import baselines
 from .comparison import SUBJECT, Comparison, Contender, Function, Options
 from .harness import measure
 from .inputs import Maps
-from .shapes import COT_ATTENTION, COT_LAYER_EVAL, COT_LAYER_TRAIN, Shape
+from .shapes import COT_ATTENTION, COT_ATTENTION_TRAIN, COT_LAYER_EVAL, COT_LAYER_TRAIN, Shape
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,13 @@ class Case:
     name: str
     eval_shapes: tuple[Shape, ...]
     train_shapes: tuple[Shape, ...]
+    compiled: bool = False  # whether a training step is compared with the compiled reference
 
 
 CASES = (
-    Case("CoTAttention", COT_ATTENTION, COT_ATTENTION),
-    Case("CotLayer", COT_LAYER_EVAL, COT_LAYER_TRAIN),
-    Case("CoXtLayer", COT_LAYER_EVAL, COT_LAYER_TRAIN),
+    Case("CoTAttention", COT_ATTENTION, COT_ATTENTION_TRAIN),
+    Case("CotLayer", COT_LAYER_EVAL, COT_LAYER_TRAIN, compiled=True),
+    Case("CoXtLayer", COT_LAYER_EVAL, COT_LAYER_TRAIN, compiled=True),
 )
 
 
@@ -37,6 +40,8 @@ def rows(options: Options) -> Iterator[dict]:
         for direction, shapes in (("eval", case.eval_shapes), ("train step", case.train_shapes)):
             for shape in options.shapes(shapes):
                 contenders = _contenders(case, shape, options)
+                if direction == "train step" and case.compiled and _compiles(options):
+                    contenders.append(_compiled(contenders[-1]))
                 comparison = Comparison(case.name, direction, shape, contenders, keep_results=False)
                 yield from measure(comparison, options)
 
@@ -56,6 +61,16 @@ def _contenders(case: Case, shape: Shape, options: Options) -> list[Contender]:
         contender(SUBJECT, ours, "channels_last"),
         contender("reference", theirs),
     ]
+
+
+def _compiles(options: Options) -> bool:
+    return options.compiled and not options.quick
+
+
+def _compiled(eager: Contender) -> Contender:
+    return replace(
+        eager, provider=f"{eager.provider}, compiled", function=baselines.compiled(eager.function)
+    )
 
 
 def build(kind: Callable[[int, int], nn.Module], shape: Shape, device: str) -> nn.Module:

@@ -47,6 +47,7 @@ GPU_BATCHES = 16  # times the batch of any shape, on a GPU: 128 for the stages
 MEMORY_BOUND = replace(STAGES[0], batch=32)  # large enough that half the bytes must show in time
 
 COT_ATTENTION = (Shape(2, 64, 40), Shape(50, 512, 7))
+COT_ATTENTION_TRAIN = (*COT_ATTENTION, *STAGES)
 COT_LAYER_EVAL = stages(batch=4)
 COT_LAYER_TRAIN = STAGES
 

@@ -1,18 +1,31 @@
-"""Whether a contextual layer may take its fused path, and if not, why."""
+"""Whether a layer may take its fused path, and if not, why."""
 
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ._batch_norm import uses_batch
-from ._layer_parameters import OF_BATCH_NORMS, parameters_of
+from ._layer_parameters import OF_BATCH_NORMS
 from ._plain import why_not_plain
 
 _TENSORS = (Tensor, nn.Parameter)
+
+
+class Built(NamedTuple):
+    """What the constructor made of a convolution, besides stride 1 and zeros around the map."""
+
+    kernel_size: int
+    groups: int
+    inputs: int
+    outputs: int
+    may_have_bias: bool = False
+
+
 _log = logging.getLogger("cotnet_ext")
 
 
@@ -79,24 +92,20 @@ def _why_not_built(layer: nn.Module) -> str | None:
 
 def _why_not_sized(layer: nn.Module) -> str | None:
     """Which convolution, window or GroupNorm is not of the layer's sizes."""
-    dim, k, groups = layer.dim, layer.kernel_size, layer._groups
-    hidden = layer.se[0].out_channels
-    convolutions = {
-        "key_embed.0": (layer.key_embed[0], k, layer._key_groups, dim, dim, False),
-        "embed.0": (layer.embed[0], 1, groups, 2 * dim, dim // 2, False),
-        "embed.3": (layer.embed[3], 1, groups, dim // 2, k * k * dim // 8, True),
-        "conv1x1.0": (layer.conv1x1[0], 1, groups, dim, dim, False),
-        "se.0": (layer.se[0], 1, 1, dim, hidden, True),
-        "se.3": (layer.se[3], 1, 1, hidden, 2 * dim, True),
-    }
-    for name, (conv, kernel, groups, inputs, outputs, may_have_bias) in convolutions.items():
+    for name, made in layer._convolutions().items():
+        conv, k = layer.get_submodule(name), made.kernel_size
         built = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
-        asked = ((kernel, kernel), (1, 1), (kernel // 2, kernel // 2), (1, 1), "zeros")
+        asked = ((k, k), (1, 1), (k // 2, k // 2), (1, 1), "zeros")
         sizes = (conv.groups, conv.in_channels, conv.out_channels)
-        if built != asked or sizes != (groups, inputs, outputs):
+        if built != asked or sizes != (made.groups, made.inputs, made.outputs):
             return f"{name} has another window or other channels"
-        if conv.bias is not None and not may_have_bias:
+        if conv.bias is not None and not made.may_have_bias:
             return f"{name} has a bias"
+    return None if "local_conv" not in layer._parts else _why_not_aggregated(layer)
+
+
+def _why_not_aggregated(layer: nn.Module) -> str | None:
+    dim, k = layer.dim, layer.kernel_size
     if layer.embed[4].num_groups != dim // 8:
         return f"embed.4 has {layer.embed[4].num_groups} groups, not {dim // 8}"
     local = layer.local_conv
@@ -112,7 +121,7 @@ def _why_not_typed(layer: nn.Module, input: Tensor) -> str | None:
         return f"its input is {input.dtype}"
     kind = input.device.type
     casts = torch.is_autocast_enabled(kind) and input.dtype != torch.float64
-    parameters = parameters_of(layer)
+    parameters = layer._learned()
     for name, tensor in zip(parameters._fields, parameters, strict=True):
         if tensor is None:
             continue
@@ -133,14 +142,18 @@ def _why_not_counted(layer: nn.Module, input: Tensor) -> str | None:
     if input.numel() == 0:
         return "its input is empty"
     n, _, h, w = input.shape
-    norms = (layer.key_embed[1], layer.embed[1], layer.conv1x1[1], layer.bn)
-    if uses_batch(layer.se[1]) and n == 1 or n * h * w == 1 and any(map(uses_batch, norms)):
+    embed, values = layer._branches
+    norms = [layer.key_embed[1], embed[1], values[1]]
+    pooled = []
+    if "se" in layer._parts:
+        norms, pooled = [*norms, layer.bn], [layer.se[1]]
+    if n == 1 and any(map(uses_batch, pooled)) or n * h * w == 1 and any(map(uses_batch, norms)):
         return "a BatchNorm has one value for each channel"
     return None
 
 
 def explain(model: nn.Module) -> dict[str, str | None]:
-    """Why each contextual layer of `model` is composed in a training step, by its name; None for
+    """Why each layer of `model` is composed in a training step, by its name; None for
     those that are one function. Taken for a batch of their dtype and on their device."""
     reasons = {}
     for name, layer in model.named_modules():

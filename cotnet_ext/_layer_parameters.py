@@ -1,4 +1,10 @@
-"""What a contextual layer (`CotLayer`, `CoXtLayer`) learns, as one tuple."""
+"""What a layer learns, as one tuple. What is alike in all layers has one name:
+
+    key = key_embed[0]         join = first convolution of input and static context
+    value = of the input       expand = what makes the logits, or the weights of the aggregation
+
+`NAME_weight` and `NAME_bias` belong to the norm behind the convolution.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +13,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 
-class Parameters(NamedTuple):
-    """What a layer learns, in the order of its `state_dict`; None where a norm has none."""
+class Contextual(NamedTuple):
+    """Of `CotLayer` and `CoXtLayer`, in the order of `CONTEXTUAL`; None where a norm has none."""
 
     key: Tensor
     key_weight: Tensor | None
@@ -33,7 +39,7 @@ class Parameters(NamedTuple):
     excite_bias: Tensor | None
 
 
-PATHS = (
+CONTEXTUAL = (
     "key_embed.0.weight", "key_embed.1.weight", "key_embed.1.bias",
     "embed.0.weight", "embed.1.weight", "embed.1.bias",
     "embed.3.weight", "embed.3.bias", "embed.4.weight", "embed.4.bias",
@@ -41,7 +47,7 @@ PATHS = (
     "bn.weight", "bn.bias",
     "se.0.weight", "se.0.bias", "se.1.weight", "se.1.bias", "se.3.weight", "se.3.bias",
 )  # fmt: skip
-SELECTION = slice(Parameters._fields.index("squeeze"), None)  # the parameters of `se`
+SELECTION = slice(Contextual._fields.index("squeeze"), None)  # the parameters of `se`
 OF_BATCH_NORMS = frozenset(
     f"{norm}{part}"
     for norm in ("key_", "hidden_", "value_", "select_", "")
@@ -49,12 +55,38 @@ OF_BATCH_NORMS = frozenset(
 )
 
 
-def parameters_of(layer: nn.Module) -> Parameters:
+class Attention(NamedTuple):
+    """Of `CoTAttention`, in the order of `ATTENTION`."""
+
+    key: Tensor
+    key_weight: Tensor | None
+    key_bias: Tensor | None
+    join: Tensor
+    hidden_weight: Tensor | None
+    hidden_bias: Tensor | None
+    expand: Tensor
+    expand_bias: Tensor | None
+    value: Tensor
+    value_weight: Tensor | None
+    value_bias: Tensor | None
+
+
+ATTENTION = (
+    "key_embed.0.weight", "key_embed.1.weight", "key_embed.1.bias",
+    "attention_embed.0.weight", "attention_embed.1.weight", "attention_embed.1.bias",
+    "attention_embed.3.weight", "attention_embed.3.bias",
+    "value_embed.0.weight", "value_embed.1.weight", "value_embed.1.bias",
+)  # fmt: skip
+
+Parameters = Contextual | Attention
+
+
+def contextual(layer: nn.Module) -> Contextual:
     key, key_norm, _ = layer.key_embed
     join, hidden_norm, _, expand, group_norm = layer.embed
     value, value_norm = layer.conv1x1
     squeeze, select_norm, _, excite = layer.se
-    return Parameters(
+    return Contextual(
         key.weight, key_norm.weight, key_norm.bias,
         join.weight, hidden_norm.weight, hidden_norm.bias,
         expand.weight, expand.bias, group_norm.weight, group_norm.bias,
@@ -62,4 +94,16 @@ def parameters_of(layer: nn.Module) -> Parameters:
         layer.bn.weight, layer.bn.bias,
         squeeze.weight, squeeze.bias, select_norm.weight, select_norm.bias,
         excite.weight, excite.bias,
+    )  # fmt: skip
+
+
+def attention(layer: nn.Module) -> Attention:
+    key, key_norm, _ = layer.key_embed
+    join, hidden_norm, _, expand = layer.attention_embed
+    value, value_norm = layer.value_embed
+    return Attention(
+        key.weight, key_norm.weight, key_norm.bias,
+        join.weight, hidden_norm.weight, hidden_norm.bias,
+        expand.weight, expand.bias,
+        value.weight, value_norm.weight, value_norm.bias,
     )  # fmt: skip

@@ -4,7 +4,7 @@ Drop-in for the originals: the constructors, the `state_dict` keys and the numbe
 evaluation are those of `cotnet_ext.reference`, and the same seed initialises the same parameters.
 Nothing is computed here that is not a submodule, a function of `cotnet_ext.functional` or a 1x1
 convolution; the layers are faster because of four identities, and because a training step of a
-contextual layer is one function (`_training`).
+layer is one function (`_training`, `_attention_training`).
 
 * A 1x1 convolution of concatenated maps is the sum of 1x1 convolutions of the maps with the
   matching columns of the weight: nothing is concatenated.
@@ -23,6 +23,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from . import _layer_parameters as parameters
+from ._attention_training import fused_attention
 from ._checks import Window
 from ._checks import window as _window
 from ._convolutions import (
@@ -33,7 +35,7 @@ from ._convolutions import (
     _join,
     _run,
 )
-from ._fusable import is_fusable
+from ._fusable import Built, is_fusable
 from ._plain import is_plain as _is_plain
 from ._pointwise import pointwise
 from ._training import fused_layer
@@ -138,6 +140,15 @@ class CoTAttention(nn.Module):
     Source: `model/attention/CoTAttention.py` of xmu-xiaoma666/External-Attention-pytorch.
     """
 
+    _paths = parameters.ATTENTION
+    _learned = parameters.attention
+    _groups = 1
+    _parts = {
+        "key_embed": (nn.Conv2d, nn.BatchNorm2d, nn.ReLU),
+        "attention_embed": (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d),
+        "value_embed": (nn.Conv2d, nn.BatchNorm2d),
+    }
+
     def __init__(self, dim: int = 512, kernel_size: int = 3) -> None:
         super().__init__()
         _check_sizes(dim, kernel_size, multiple=4)
@@ -162,8 +173,28 @@ class CoTAttention(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         _check_map(input, self.dim)
+        if is_fusable(self, input):
+            return fused_attention(self, input)
+        return self._compose(input)
+
+    @property
+    def _branches(self) -> tuple[nn.Sequential, nn.Sequential]:
+        """What makes the logits of input and static context, and what makes the value."""
+        return self.attention_embed, self.value_embed
+
+    def _convolutions(self) -> dict[str, Built]:
+        dim, k = self.dim, self.kernel_size
+        return {
+            "key_embed.0": Built(k, 4, dim, dim),
+            "attention_embed.0": Built(1, 1, 2 * dim, dim // 2),
+            "attention_embed.3": Built(1, 1, dim // 2, k * k * dim, may_have_bias=True),
+            "value_embed.0": Built(1, 1, dim, dim),
+        }
+
+    def _compose(self, input: Tensor) -> Tensor:
+        """The layer from its submodules and the functions of this package."""
         static = _run(self.key_embed, input)
-        embed, values = self.attention_embed, self.value_embed
+        embed, values = self._branches
         if _is_joint(embed, 4, values, groups=1):
             hidden, value = _join(input, static, embed, values, self._split)
             return spatial_softmax_gate(self._logits(hidden), value(), static)
@@ -177,6 +208,10 @@ class CoTAttention(nn.Module):
     def _split(self, weight: Tensor) -> list[Tensor]:
         """The columns of the weight of `attention_embed[0]` for the input, and those for static."""
         return [weight[:, self.dim :], weight[:, : self.dim]]
+
+    def _merge(self, of_input: Tensor, of_static: Tensor) -> Tensor:
+        """The weight that has these columns."""
+        return torch.cat((of_static, of_input), dim=1)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """The last convolution of `attention_embed`, averaged over its k*k outputs per channel."""
@@ -209,6 +244,8 @@ class _ContextualLayer(nn.Module):
 
     _key_groups: int
     _groups: int
+    _paths = parameters.CONTEXTUAL
+    _learned = parameters.contextual
     _parts = {
         "key_embed": (nn.Conv2d, nn.BatchNorm2d, nn.ReLU),
         "embed": (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.GroupNorm),
@@ -261,6 +298,22 @@ class _ContextualLayer(nn.Module):
             return fused_layer(self, input)
         return self._compose(input)
 
+    @property
+    def _branches(self) -> tuple[nn.Sequential, nn.Sequential]:
+        """What makes the weights from input and static context, and what makes the value."""
+        return self.embed, self.conv1x1
+
+    def _convolutions(self) -> dict[str, Built]:
+        dim, k, groups, hidden = self.dim, self.kernel_size, self._groups, self.se[0].out_channels
+        return {
+            "key_embed.0": Built(k, self._key_groups, dim, dim),
+            "embed.0": Built(1, groups, 2 * dim, dim // 2),
+            "embed.3": Built(1, groups, dim // 2, k * k * dim // 8, may_have_bias=True),
+            "conv1x1.0": Built(1, groups, dim, dim),
+            "se.0": Built(1, 1, dim, hidden, may_have_bias=True),
+            "se.3": Built(1, 1, hidden, 2 * dim, may_have_bias=True),
+        }
+
     def _compose(self, input: Tensor) -> Tensor:
         """The layer from its submodules and the functions of this package."""
         static = _run(self.key_embed, input)
@@ -271,7 +324,7 @@ class _ContextualLayer(nn.Module):
 
     def _aggregate(self, input: Tensor, static: Tensor) -> Tensor:
         """Sum the value over windows with the weights that `embed` makes of both maps."""
-        embed, values = self.embed, self.conv1x1
+        embed, values = self._branches
         if not _is_plain_sequence(embed, 5):
             return self._apply_local(_run(values, input), embed(self._concatenate(input, static)))
         join, norm, act, expand, group_norm = embed
