@@ -2,7 +2,7 @@
 
 Prints a Markdown table of medians in milliseconds: the layer composed of its submodules; as one
 function with NCHW or with channels_last inside, wherever its input comes from; and as it is chosen
-(`cotnet_ext._training._is_small`). Each is measured in processes of its own, in turns.
+(`cotnet_ext._layer_steps._is_small`). Each is measured in processes of its own, in turns.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .shapes import STAGES, Shape
 
 VARIANTS: dict[str, dict[str, Callable]] = {
     "composed": {"cotnet_ext.modules.is_fusable": lambda layer, input: False},
-    "NCHW inside": {"cotnet_ext._training._is_small": lambda x: False},
-    "channels_last inside": {"cotnet_ext._training._is_small": lambda x: True},
+    "NCHW inside": {"cotnet_ext._layer_steps._is_small": lambda x: False},
+    "channels_last inside": {"cotnet_ext._layer_steps._is_small": lambda x: True},
     "as chosen": {},
 }
 

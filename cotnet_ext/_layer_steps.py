@@ -49,6 +49,19 @@ def _is_small(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.shape[2] * x.shape[3] < 128
 
 
+def _key_layout(steps: Forward | Backward, maps: Tensor) -> torch.memory_format:
+    """Of the maps of the 3x3 convolution. Its weight is reordered for channels_last, and so is the
+    gradient of it: only where the maps inside are so, and larger than the weight."""
+    inside = steps.inside and maps.numel() > steps.p.key.numel()
+    return layout(inside or steps.outside)
+
+
+def _key_input(steps: Forward | Backward, x: Tensor, input: Tensor) -> Tensor:
+    """The input in that layout; `x` is what it is inside."""
+    wanted = _key_layout(steps, x)
+    return x if wanted == layout(steps.inside) else input.to(x.dtype, memory_format=wanted)
+
+
 def cast(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if parameter is None else parameter.to(dtype)
 
@@ -73,9 +86,8 @@ class Forward:
         the static context after it."""
         layer, p = self.layer, self.p
         embed, values = layer._branches
-        x = input.to(self.dtype, memory_format=layout(self.outside))
-        static0, self.key_norm = self._key(x)
-        x = x.contiguous(memory_format=layout(self.inside))
+        x = input.to(self.dtype, memory_format=layout(self.inside))
+        static0, self.key_norm = self._key(x, input)
         static = _run(_ops.batch_norm, static0, self.key_norm.table, True)
         columns = layer._split(p.join.flatten(1).to(self.dtype))
         hidden0 = self.products.forward([x, static], columns)
@@ -84,11 +96,12 @@ class Forward:
         self.value_norm = norm_of(values[1], value0, p.value_weight, p.value_bias)
         return static0, hidden0, value0, static
 
-    def _key(self, x: Tensor) -> tuple[Tensor, Norm]:
+    def _key(self, x: Tensor, input: Tensor) -> tuple[Tensor, Norm]:
         conv, norm, _ = self.layer.key_embed
         static0 = F.conv2d(
-            x, self.p.key.to(self.dtype), None, 1, conv.padding, 1, conv.groups
-        ).contiguous(memory_format=layout(self.inside))
+            _key_input(self, x, input),
+            self.p.key.to(self.dtype), None, 1, conv.padding, 1, conv.groups,
+        ).contiguous(memory_format=layout(self.inside))  # fmt: skip
         return static0, norm_of(norm, static0, self.p.key_weight, self.p.key_bias)
 
     def expand(self, hidden0: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -149,16 +162,15 @@ class Backward:
         grad_static, columns = self._hidden(grad_hidden0, grad_static)
         grad_static0 = self._norm("key", grad_static)
         del grad_static
-        self._products_of_input(grad_hidden0, grad_value0, columns[1])
-        grad_input = self._key(grad_static0)
+        x = self.input.to(self.dtype, memory_format=self.layout)
+        self._products_of_input(x, grad_hidden0, grad_value0, columns[1])
+        grad_input = self._key(x, grad_static0)
+        del x, grad_static0
         if self.needs_input:
             rows = [columns[0], self.p.value.flatten(1).to(self.dtype)]
             grads = [grad_hidden0, grad_value0]
-            if self.inside == self.outside:
-                self.products.grad_map(grads, rows, grad_input)
-            else:
-                grad_input += self.products.grad_map(grads, rows)
-            grad_input = grad_input.to(self.input.dtype)
+            self.products.grad_map(grads, rows, grad_input)
+            grad_input = grad_input.to(self.input.dtype, memory_format=layout(self.outside))
         return grad_input, *(self._typed(name) for name in self.p._fields)
 
     def _typed(self, name: str) -> Tensor | None:
@@ -196,30 +208,24 @@ class Backward:
             grad_columns = self.products.grad_weight(grad_hidden0, self._again("key"))
         return grad_static, (columns[0], grad_columns)
 
-    def _products_of_input(self, grad_hidden0, grad_value0, of_static) -> None:
-        if not (self.needs.join or self.needs.value):
-            return
-        x = self.input.to(self.dtype, memory_format=self.layout)
+    def _products_of_input(self, x, grad_hidden0, grad_value0, of_static) -> None:
         if self.needs.join:
             of_input = self.products.grad_weight(grad_hidden0, x)
             self.found["join"] = self.layer._merge(of_input, of_static)
         if self.needs.value:
             self.found["value"] = self.products.grad_weight(grad_value0, x)
 
-    def _key(self, grad_static0: Tensor) -> Tensor | None:
-        """The 3x3 convolution: in the layout of the input, as another one makes PyTorch reorder its
-        weight and the gradient of it."""
-        conv, outside = self.layer.key_embed[0], layout(self.outside)
-        needs = [self.needs_input, self.needs.key, False]
+    def _key(self, x: Tensor, grad_static0: Tensor) -> Tensor | None:
+        conv, needs = self.layer.key_embed[0], [self.needs_input, self.needs.key, False]
         if not any(needs):
             return None
         grad_input, self.found["key"], _ = torch.ops.aten.convolution_backward(
-            grad_static0.contiguous(memory_format=outside),
-            self.input.to(self.dtype, memory_format=outside),
+            grad_static0.contiguous(memory_format=_key_layout(self, x)),
+            _key_input(self, x, self.input),
             self.p.key.to(self.dtype), None,
             [1, 1], conv.padding, [1, 1], False, [0, 0], conv.groups, needs,
         )  # fmt: skip
-        return None if grad_input is None else grad_input.contiguous(memory_format=outside)
+        return None if grad_input is None else grad_input.contiguous(memory_format=self.layout)
 
 
 # ---- derivatives of the backward -----------------------------------------------------------------

@@ -45,11 +45,14 @@ class Products:
             found = [rows.t().mm(columns) for rows, columns in parts]
             return torch.cat(found) if self.groups > 1 else found[0]
         rows, columns = self._images(grad), self._images(x).transpose(1, 2)
-        return rows.bmm(columns).unflatten(0, (grad.shape[0], -1)).sum(0).flatten(0, 1)
+        found = rows.bmm(columns)
+        return found.view(grad.shape[0], -1, found.shape[2]).sum(0)
 
     def _transposed(self, weight: Tensor) -> Tensor:
         """`[C, O // groups]`: the weight of the gradient."""
-        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        if self.groups == 1:
+            return weight.t()
+        return weight.view(self.groups, -1, weight.shape[1]).transpose(1, 2).flatten(0, 1)
 
     def _add(self, total: Tensor | None, terms) -> Tensor:
         for weight, x in terms:
@@ -63,10 +66,16 @@ class Products:
                 ):
                     to.addmm_(pixels, own.t(), beta=0 if first else 1)
             else:
-                own = weight.unflatten(0, (self.groups, -1))
-                own = own.expand(x.shape[0], -1, -1, -1).flatten(0, 1)
+                own = self._for_each_image(weight, x.shape[0])
                 self._images(total).baddbmm_(own, self._images(x), beta=0 if first else 1)
         return total
+
+    def _for_each_image(self, weight: Tensor, n: int) -> Tensor:
+        """`[n*groups, O // groups, C // groups]` of a weight; a view when there is one group."""
+        if self.groups == 1:
+            return weight.expand(n, -1, -1)
+        own = weight.view(self.groups, -1, weight.shape[1])
+        return own.expand(n, -1, -1, -1).flatten(0, 1)
 
     def _empty(self, like: Tensor, channels: int) -> Tensor:
         n, _, h, w = like.shape
