@@ -2,67 +2,14 @@
 #define COTNET_LOOPS "cpu/group_norm_aggregation.h"
 #include "cpu/foreach_target.h"
 
+#include "host/group_norm_aggregation.h"
+
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
-
-#include "host/checks.h"
-#include "host/dispatch.h"
-#include "host/parallel.h"
-#include "host/stable_compat.h"
+#include "host/cpu_context.h"
 
 namespace cotnet {
 namespace {
-
-std::optional<Tensor> dense(const std::optional<Tensor>& vector) {
-  return vector ? std::optional<Tensor>(torch::stable::contiguous(*vector)) : std::nullopt;
-}
-
-// Affine parameters are [G*Cw*K], of the dtype and on the device of the input.
-void check_parameters(const Tensor& input, const AggregationProblem& p, const std::optional<Tensor>& norm_weight,
-                      const std::optional<Tensor>& norm_bias) {
-  const Sizes expected{p.heads * p.weight_channels * p.taps()};
-  for (const auto& [name, parameter] : {std::pair("norm_weight", &norm_weight), std::pair("norm_bias", &norm_bias)}) {
-    if (!*parameter) continue;
-    check_alike({{"input", &input}, {name, &**parameter}});
-    check_shape(name, **parameter, expected);
-  }
-}
-
-ScalarType statistics_dtype(const Tensor& input) {
-  return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-template <class scalar_t>
-GroupNormOperands<scalar_t> operands(const Tensor& x, const Tensor& w, const std::optional<Tensor>& gamma,
-                                       const std::optional<Tensor>& beta, const Tensor& mean, const Tensor& rstd) {
-  return {data<scalar_t>(x),
-          data<scalar_t>(w),
-          gamma ? data<scalar_t>(*gamma) : nullptr,
-          beta ? data<scalar_t>(*beta) : nullptr,
-          mutable_data<acc_t<scalar_t>>(mean),
-          mutable_data<acc_t<scalar_t>>(rstd)};
-}
-
-std::tuple<Tensor, Tensor, Tensor> group_norm_aggregation_cpu(
-    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
-    double eps, const Sizes& kernel_size, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
-    StringArgument padding_mode) {
-  const auto p = aggregation_problem(input, weight, {kernel_size, stride, padding, dilation, take(padding_mode)});
-  check_parameters(input, p, norm_weight, norm_bias);
-  const Tensor x = map_in_layout(input, p.channels_last);
-  const Tensor w = weight_in_layout(weight, p);
-  const auto gamma = dense(norm_weight), beta = dense(norm_bias);
-  const Tensor mean = empty_vector(input, {p.batch, p.heads * p.weight_channels}, statistics_dtype(input));
-  const Tensor rstd = empty_vector(input, {p.batch, p.heads * p.weight_channels}, statistics_dtype(input));
-  const Tensor y = empty_output(input, p);
-  dispatch_dtype(x, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    COTNET_ON_TARGET((group_norm_aggregation_forward), p, operands<scalar_t>(x, w, gamma, beta, mean, rstd), eps,
-                     mutable_data<scalar_t>(y), Parallel{});
-  });
-  return {y, mean, rstd};
-}
 
 // Sums [N, size] over N in a fixed order into a vector of the parameters' dtype.
 template <class scalar_t>
@@ -74,47 +21,32 @@ void sum_images(const std::vector<acc_t<scalar_t>>& rows, int64_t batch, scalar_
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_aggregation_backward_cpu(
-    const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor& mean, const Tensor& rstd,
-    const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const Sizes& kernel_size,
-    const Sizes& stride, const Sizes& padding, const Sizes& dilation, StringArgument padding_mode,
-    const std::vector<bool>& output_mask, double) {
-  const auto p = aggregation_problem(input, weight, {kernel_size, stride, padding, dilation, take(padding_mode)});
-  check_parameters(input, p, norm_weight, norm_bias);
-  check_alike({{"input", &input}, {"grad", &grad}});
-  check_grad(grad, p);
-  for (const auto& [name, statistic] : {std::pair("mean", &mean), std::pair("rstd", &rstd)}) {
-    check_shape(name, *statistic, {p.batch, p.heads * p.weight_channels});
-    STD_TORCH_CHECK(statistic->scalar_type() == statistics_dtype(input), name, " must be as the forward returned it");
+struct Cpu : CpuContext {
+  using CpuContext::CpuContext;
+
+  template <class... Operands>
+  void forward(const Operands&... operands) const {
+    COTNET_ON_TARGET((group_norm_aggregation_forward), operands..., parallel);
   }
-  const Tensor g = map_in_layout(grad, p.channels_last);
-  const Tensor x = map_in_layout(input, p.channels_last);
-  const Tensor w = weight_in_layout(weight, p);
-  const auto gamma = dense(norm_weight), beta = dense(norm_bias);
-  const Tensor means = torch::stable::contiguous(mean), rstds = torch::stable::contiguous(rstd);
-  const int64_t parameters = p.heads * p.weight_channels * p.taps();
-  const Tensor grad_input = output_mask[0] ? empty_grad_input(input, p) : no_grad(input);
-  const Tensor grad_weight = output_mask[1] ? empty_grad_weight(input, p) : no_grad(input);
-  const Tensor grad_gamma = output_mask[2] ? empty_vector(input, {parameters}, input.scalar_type()) : no_grad(input);
-  const Tensor grad_beta = output_mask[3] ? empty_vector(input, {parameters}, input.scalar_type()) : no_grad(input);
-  dispatch_dtype(g, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    std::vector<acc_t<scalar_t>> gammas(output_mask[2] ? size_t(p.batch * parameters) : 0);
-    std::vector<acc_t<scalar_t>> betas(output_mask[3] ? size_t(p.batch * parameters) : 0);
-    COTNET_ON_TARGET((group_norm_aggregation_backward), p, operands<scalar_t>(x, w, gamma, beta, means, rstds),
-                     data<scalar_t>(g), output_mask[0] ? mutable_data<scalar_t>(grad_input) : nullptr,
-                     output_mask[1] ? mutable_data<scalar_t>(grad_weight) : nullptr,
-                     output_mask[2] ? gammas.data() : nullptr, output_mask[3] ? betas.data() : nullptr, Parallel{});
-    if (output_mask[2]) sum_images(gammas, p.batch, mutable_data<scalar_t>(grad_gamma), parameters);
-    if (output_mask[3]) sum_images(betas, p.batch, mutable_data<scalar_t>(grad_beta), parameters);
-  });
-  return {grad_input, in_weight_order(grad_weight, p), grad_gamma, grad_beta};
-}
+
+  template <class scalar_t>
+  void backward(const AggregationProblem& p, const GroupNormOperands<scalar_t>& operands, const scalar_t* grad_y,
+                scalar_t* grad_x, scalar_t* grad_w, scalar_t* grad_gamma, scalar_t* grad_beta) const {
+    const int64_t parameters = p.heads * p.weight_channels * p.taps();
+    std::vector<acc_t<scalar_t>> gammas(grad_gamma ? size_t(p.batch * parameters) : 0);
+    std::vector<acc_t<scalar_t>> betas(grad_beta ? size_t(p.batch * parameters) : 0);
+    COTNET_ON_TARGET((group_norm_aggregation_backward), p, operands, grad_y, grad_x, grad_w,
+                     grad_gamma ? gammas.data() : nullptr, grad_beta ? betas.data() : nullptr, parallel);
+    if (grad_gamma) sum_images(gammas, p.batch, grad_gamma, parameters);
+    if (grad_beta) sum_images(betas, p.batch, grad_beta, parameters);
+  }
+};
 
 }  // namespace
 }  // namespace cotnet
 
 STABLE_TORCH_LIBRARY_IMPL(cotnet_ext, CPU, m) {
-  m.impl("group_norm_aggregation", TORCH_BOX(&cotnet::group_norm_aggregation_cpu));
-  m.impl("group_norm_aggregation_backward", TORCH_BOX(&cotnet::group_norm_aggregation_backward_cpu));
+  using namespace cotnet;
+  m.impl("group_norm_aggregation", TORCH_BOX(&host::group_norm_aggregation<Cpu>));
+  m.impl("group_norm_aggregation_backward", TORCH_BOX(&host::group_norm_aggregation_backward<Cpu>));
 }

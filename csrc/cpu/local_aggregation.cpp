@@ -1,85 +1,37 @@
-// local_aggregation and its gradients on the CPU: the closed bilinear family and its fused backward.
+// local_aggregation and its gradients on the CPU.
 #define COTNET_LOOPS "cpu/local_aggregation.h"
 #include "cpu/foreach_target.h"
 
+#include "host/local_aggregation.h"
+
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
-
-#include "host/checks.h"
-#include "host/dispatch.h"
-#include "host/parallel.h"
-#include "host/stable_compat.h"
+#include "host/cpu_context.h"
 
 namespace cotnet {
 namespace {
 
-Tensor local_aggregation_cpu(const Tensor& input, const Tensor& weight, const Sizes& kernel_size, const Sizes& stride,
-                             const Sizes& padding, const Sizes& dilation, StringArgument padding_mode) {
-  const auto p = aggregation_problem(input, weight, {kernel_size, stride, padding, dilation, take(padding_mode)});
-  const Tensor x = map_in_layout(input, p.channels_last);
-  const Tensor w = weight_in_layout(weight, p);
-  const Tensor y = empty_output(input, p);
-  dispatch_dtype(x, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    COTNET_ON_TARGET((local_aggregation_forward), p, data<scalar_t>(x), data<scalar_t>(w), mutable_data<scalar_t>(y),
-                     Parallel{});
-  });
-  return y;
-}
+struct Cpu : CpuContext {
+  using CpuContext::CpuContext;
 
-// The gradients that have a tensor to go to.
-void backward(const AggregationProblem& p, const Tensor& grad, const Tensor* input, const Tensor* weight, Tensor* grad_input,
-              Tensor* grad_weight) {
-  const Tensor g = map_in_layout(grad, p.channels_last);
-  const Tensor x = input ? map_in_layout(*input, p.channels_last) : g;
-  const Tensor w = weight ? weight_in_layout(*weight, p) : g;
-  dispatch_dtype(g, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    scalar_t* const grad_x = grad_input ? mutable_data<scalar_t>(*grad_input) : nullptr;
-    scalar_t* const grad_w = grad_weight ? mutable_data<scalar_t>(*grad_weight) : nullptr;
-    COTNET_ON_TARGET((local_aggregation_backward), p, data<scalar_t>(g), data<scalar_t>(x), data<scalar_t>(w), grad_x,
-                     grad_w, Parallel{});
-  });
-}
+  template <class... Operands>
+  void forward(const Operands&... operands) const {
+    COTNET_ON_TARGET((local_aggregation_forward), operands..., parallel);
+  }
 
-Tensor local_aggregation_grad_input_cpu(const Tensor& grad, const Tensor& weight, const Sizes& input_size,
-                                        const Sizes& kernel_size, const Sizes& stride, const Sizes& padding,
-                                        const Sizes& dilation, StringArgument padding_mode) {
-  const auto p = grad_input_problem(grad, weight, input_size, {kernel_size, stride, padding, dilation, take(padding_mode)});
-  Tensor grad_input = empty_grad_input(grad, p);
-  backward(p, grad, nullptr, &weight, &grad_input, nullptr);
-  return grad_input;
-}
-
-Tensor local_aggregation_grad_weight_cpu(const Tensor& grad, const Tensor& input, int64_t weight_channels,
-                                         const Sizes& kernel_size, const Sizes& stride, const Sizes& padding,
-                                         const Sizes& dilation, StringArgument padding_mode) {
-  const auto p = grad_weight_problem(grad, input, weight_channels, {kernel_size, stride, padding, dilation, take(padding_mode)});
-  Tensor grad_weight = empty_grad_weight(grad, p);
-  backward(p, grad, &input, nullptr, nullptr, &grad_weight);
-  return grad_weight;
-}
-
-std::tuple<Tensor, Tensor> local_aggregation_backward_cpu(const Tensor& grad, const Tensor& input, const Tensor& weight,
-                                                          const Sizes& kernel_size, const Sizes& stride,
-                                                          const Sizes& padding, const Sizes& dilation,
-                                                          StringArgument padding_mode) {
-  const auto p = aggregation_problem(input, weight, {kernel_size, stride, padding, dilation, take(padding_mode)});
-  check_alike({{"input", &input}, {"grad", &grad}});
-  check_grad(grad, p);
-  Tensor grad_input = empty_grad_input(input, p);
-  Tensor grad_weight = empty_grad_weight(input, p);
-  backward(p, grad, &input, &weight, &grad_input, &grad_weight);
-  return {grad_input, in_weight_order(grad_weight, p)};
-}
+  template <class... Operands>
+  void backward(const Operands&... operands) const {
+    COTNET_ON_TARGET((local_aggregation_backward), operands..., parallel);
+  }
+};
 
 }  // namespace
 }  // namespace cotnet
 
 STABLE_TORCH_LIBRARY_IMPL(cotnet_ext, CPU, m) {
-  m.impl("local_aggregation", TORCH_BOX(&cotnet::local_aggregation_cpu));
-  m.impl("local_aggregation_grad_input", TORCH_BOX(&cotnet::local_aggregation_grad_input_cpu));
-  m.impl("local_aggregation_grad_weight", TORCH_BOX(&cotnet::local_aggregation_grad_weight_cpu));
-  m.impl("local_aggregation_backward", TORCH_BOX(&cotnet::local_aggregation_backward_cpu));
+  using namespace cotnet;
+  m.impl("local_aggregation", TORCH_BOX(&host::local_aggregation<Cpu>));
+  m.impl("local_aggregation_grad_input", TORCH_BOX(&host::local_aggregation_grad_input<Cpu>));
+  m.impl("local_aggregation_grad_weight", TORCH_BOX(&host::local_aggregation_grad_weight<Cpu>));
+  m.impl("local_aggregation_backward", TORCH_BOX(&host::local_aggregation_backward<Cpu>));
 }

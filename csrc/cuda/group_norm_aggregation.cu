@@ -1,121 +1,42 @@
 // group_norm_aggregation and its backward on CUDA.
 #include "cuda/group_norm_aggregation.cuh"
 
+#include "host/group_norm_aggregation.h"
+
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <tuple>
-
-#include "host/checks.h"
 #include "host/cuda_context.h"
-#include "host/dispatch.h"
-#include "host/stable_compat.h"
+#include "host/cuda_scratch.h"
 
 namespace cotnet {
 namespace {
 
-std::optional<Tensor> dense(const std::optional<Tensor>& vector) {
-  return vector ? std::optional<Tensor>(torch::stable::contiguous(*vector)) : std::nullopt;
-}
+struct Cuda : CudaContext {
+  using CudaContext::CudaContext;
 
-// Affine parameters are [G*Cw*K], of the dtype and on the device of the input.
-void check_parameters(const Tensor& input, const AggregationProblem& p, const std::optional<Tensor>& norm_weight,
-                      const std::optional<Tensor>& norm_bias) {
-  const Sizes expected{p.heads * p.weight_channels * p.taps()};
-  for (const auto& [name, parameter] : {std::pair("norm_weight", &norm_weight), std::pair("norm_bias", &norm_bias)}) {
-    if (!*parameter) continue;
-    check_alike({{"input", &input}, {name, &**parameter}});
-    check_shape(name, **parameter, expected);
+  template <class scalar_t>
+  void forward(const AggregationProblem& p, const GroupNormOperands<scalar_t>& operands, double eps, scalar_t* y) const {
+    const NormParts parts = choose_group_norm_statistics(p, sizeof(scalar_t), numbers);
+    const CudaScratch<double> scratch(like);
+    group_norm_aggregation_forward(p, operands, eps, y, parts, scratch(group_norm_forward_scratch(p, parts)), numbers, stream);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-}
 
-ScalarType statistics_dtype(const Tensor& input) {
-  return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-int bytes_of(const Tensor& input) {
-  return input.scalar_type() == ScalarType::Double ? 8 : input.scalar_type() == ScalarType::Float ? 4 : 2;
-}
-
-template <class scalar_t>
-GroupNormOperands<scalar_t> operands(const Tensor& x, const Tensor& w, const std::optional<Tensor>& gamma,
-                                     const std::optional<Tensor>& beta, const Tensor& mean, const Tensor& rstd) {
-  return {data<scalar_t>(x),
-          data<scalar_t>(w),
-          gamma ? data<scalar_t>(*gamma) : nullptr,
-          beta ? data<scalar_t>(*beta) : nullptr,
-          mutable_data<acc_t<scalar_t>>(mean),
-          mutable_data<acc_t<scalar_t>>(rstd)};
-}
-
-std::tuple<Tensor, Tensor, Tensor> group_norm_aggregation_cuda(
-    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
-    double eps, const Sizes& kernel_size, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
-    StringArgument padding_mode) {
-  const auto p = aggregation_problem(input, weight, {kernel_size, stride, padding, dilation, take(padding_mode)});
-  check_parameters(input, p, norm_weight, norm_bias);
-  const CudaContext context(input);
-  const Tensor x = map_in_layout(input, p.channels_last);
-  const Tensor w = weight_in_layout(weight, p);
-  const auto gamma = dense(norm_weight), beta = dense(norm_bias);
-  const Tensor mean = empty_vector(input, {p.batch, p.heads * p.weight_channels}, statistics_dtype(input));
-  const Tensor rstd = empty_vector(input, {p.batch, p.heads * p.weight_channels}, statistics_dtype(input));
-  const Tensor y = empty_output(input, p);
-  const NormParts parts = choose_group_norm_statistics(p, bytes_of(input), context.numbers);
-  const Tensor scratch = empty_vector(input, {group_norm_forward_scratch(p, parts)}, ScalarType::Double);
-  dispatch_dtype(x, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    group_norm_aggregation_forward(p, operands<scalar_t>(x, w, gamma, beta, mean, rstd), eps, mutable_data<scalar_t>(y), parts,
-                                   mutable_data<double>(scratch), context.numbers, context.stream);
-  });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {y, mean, rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_aggregation_backward_cuda(
-    const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor& mean, const Tensor& rstd,
-    const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const Sizes& kernel_size,
-    const Sizes& stride, const Sizes& padding, const Sizes& dilation, StringArgument padding_mode,
-    const std::vector<bool>& output_mask, double) {
-  const auto p = aggregation_problem(input, weight, {kernel_size, stride, padding, dilation, take(padding_mode)});
-  check_parameters(input, p, norm_weight, norm_bias);
-  check_alike({{"input", &input}, {"grad", &grad}});
-  check_grad(grad, p);
-  for (const auto& [name, statistic] : {std::pair("mean", &mean), std::pair("rstd", &rstd)}) {
-    check_shape(name, *statistic, {p.batch, p.heads * p.weight_channels});
-    STD_TORCH_CHECK(statistic->scalar_type() == statistics_dtype(input) && statistic->is_cuda() &&
-                        statistic->get_device_index() == input.get_device_index(),
-                    name, " must be as the forward returned it");
+  template <class scalar_t, class... Gradients>
+  void backward(const AggregationProblem& p, const GroupNormOperands<scalar_t>& operands, const scalar_t* grad_y,
+                Gradients... gradients) const {
+    const CudaScratch<double> scratch(like);
+    double* const sums = scratch(group_norm_backward_scratch(p, sizeof(scalar_t), numbers));
+    group_norm_aggregation_backward(p, operands, grad_y, gradients..., sums, numbers, stream);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  STD_TORCH_CHECK(output_mask.size() == 4, "output_mask must be four booleans");
-  const CudaContext context(input);
-  const Tensor g = map_in_layout(grad, p.channels_last);
-  const Tensor x = map_in_layout(input, p.channels_last);
-  const Tensor w = weight_in_layout(weight, p);
-  const auto gamma = dense(norm_weight), beta = dense(norm_bias);
-  const Tensor means = torch::stable::contiguous(mean), rstds = torch::stable::contiguous(rstd);
-  const int64_t parameters = p.heads * p.weight_channels * p.taps();
-  const Tensor grad_input = output_mask[0] ? empty_grad_input(input, p) : no_grad(input);
-  const Tensor grad_weight = output_mask[1] ? empty_grad_weight(input, p) : no_grad(input);
-  const Tensor grad_gamma = output_mask[2] ? empty_vector(input, {parameters}, input.scalar_type()) : no_grad(input);
-  const Tensor grad_beta = output_mask[3] ? empty_vector(input, {parameters}, input.scalar_type()) : no_grad(input);
-  const Tensor scratch =
-      empty_vector(input, {group_norm_backward_scratch(p, bytes_of(input), context.numbers)}, ScalarType::Double);
-  dispatch_dtype(g, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    const auto wanted = [&](int i, const Tensor& t) { return output_mask[i] ? mutable_data<scalar_t>(t) : nullptr; };
-    group_norm_aggregation_backward(p, operands<scalar_t>(x, w, gamma, beta, means, rstds), data<scalar_t>(g),
-                                    wanted(0, grad_input), wanted(1, grad_weight), wanted(2, grad_gamma), wanted(3, grad_beta),
-                                    mutable_data<double>(scratch), context.numbers, context.stream);
-  });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {grad_input, grad_weight, grad_gamma, grad_beta};
-}
+};
 
 }  // namespace
 }  // namespace cotnet
 
 STABLE_TORCH_LIBRARY_IMPL(cotnet_ext, CUDA, m) {
-  m.impl("group_norm_aggregation", TORCH_BOX(&cotnet::group_norm_aggregation_cuda));
-  m.impl("group_norm_aggregation_backward", TORCH_BOX(&cotnet::group_norm_aggregation_backward_cuda));
+  using namespace cotnet;
+  m.impl("group_norm_aggregation", TORCH_BOX(&host::group_norm_aggregation<Cuda>));
+  m.impl("group_norm_aggregation_backward", TORCH_BOX(&host::group_norm_aggregation_backward<Cuda>));
 }

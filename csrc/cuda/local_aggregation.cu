@@ -1,89 +1,38 @@
 // local_aggregation and its gradients on CUDA.
 #include "cuda/local_aggregation.cuh"
 
+#include "host/local_aggregation.h"
+
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
-
-#include "host/checks.h"
 #include "host/cuda_context.h"
-#include "host/dispatch.h"
-#include "host/stable_compat.h"
 
 namespace cotnet {
 namespace {
 
-Tensor local_aggregation_cuda(const Tensor& input, const Tensor& weight, const Sizes& kernel_size, const Sizes& stride,
-                              const Sizes& padding, const Sizes& dilation, StringArgument padding_mode) {
-  const auto p = aggregation_problem(input, weight, {kernel_size, stride, padding, dilation, take(padding_mode)});
-  const CudaContext context(input);
-  const Tensor x = map_in_layout(input, p.channels_last);
-  const Tensor w = weight_in_layout(weight, p);
-  const Tensor y = empty_output(input, p);
-  dispatch_dtype(x, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    local_aggregation_forward(p, data<scalar_t>(x), data<scalar_t>(w), mutable_data<scalar_t>(y), context.numbers,
-                              context.stream);
-  });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return y;
-}
+struct Cuda : CudaContext {
+  using CudaContext::CudaContext;
 
-// The gradients that have a tensor to go to.
-void backward(const AggregationProblem& p, const Tensor& grad, const Tensor* input, const Tensor* weight, Tensor* grad_input,
-              Tensor* grad_weight, const CudaContext& context) {
-  const Tensor g = map_in_layout(grad, p.channels_last);
-  const Tensor x = input ? map_in_layout(*input, p.channels_last) : g;
-  const Tensor w = weight ? weight_in_layout(*weight, p) : g;
-  dispatch_dtype(g, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    local_aggregation_backward(p, data<scalar_t>(g), data<scalar_t>(x), data<scalar_t>(w),
-                               grad_input ? mutable_data<scalar_t>(*grad_input) : nullptr,
-                               grad_weight ? mutable_data<scalar_t>(*grad_weight) : nullptr, context.numbers, context.stream);
-  });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
+  template <class... Operands>
+  void forward(const Operands&... operands) const {
+    local_aggregation_forward(operands..., numbers, stream);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
 
-Tensor local_aggregation_grad_input_cuda(const Tensor& grad, const Tensor& weight, const Sizes& input_size,
-                                         const Sizes& kernel_size, const Sizes& stride, const Sizes& padding,
-                                         const Sizes& dilation, StringArgument padding_mode) {
-  const auto p = grad_input_problem(grad, weight, input_size, {kernel_size, stride, padding, dilation, take(padding_mode)});
-  const CudaContext context(grad);
-  Tensor grad_input = empty_grad_input(grad, p);
-  backward(p, grad, nullptr, &weight, &grad_input, nullptr, context);
-  return grad_input;
-}
-
-Tensor local_aggregation_grad_weight_cuda(const Tensor& grad, const Tensor& input, int64_t weight_channels,
-                                          const Sizes& kernel_size, const Sizes& stride, const Sizes& padding,
-                                          const Sizes& dilation, StringArgument padding_mode) {
-  const auto p = grad_weight_problem(grad, input, weight_channels, {kernel_size, stride, padding, dilation, take(padding_mode)});
-  const CudaContext context(grad);
-  Tensor grad_weight = empty_grad_weight(grad, p);
-  backward(p, grad, &input, nullptr, nullptr, &grad_weight, context);
-  return grad_weight;
-}
-
-std::tuple<Tensor, Tensor> local_aggregation_backward_cuda(const Tensor& grad, const Tensor& input, const Tensor& weight,
-                                                           const Sizes& kernel_size, const Sizes& stride,
-                                                           const Sizes& padding, const Sizes& dilation,
-                                                           StringArgument padding_mode) {
-  const auto p = aggregation_problem(input, weight, {kernel_size, stride, padding, dilation, take(padding_mode)});
-  check_alike({{"input", &input}, {"grad", &grad}});
-  check_grad(grad, p);
-  const CudaContext context(input);
-  Tensor grad_input = empty_grad_input(input, p);
-  Tensor grad_weight = empty_grad_weight(input, p);
-  backward(p, grad, &input, &weight, &grad_input, &grad_weight, context);
-  return {grad_input, grad_weight};
-}
+  template <class... Operands>
+  void backward(const Operands&... operands) const {
+    local_aggregation_backward(operands..., numbers, stream);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
 
 }  // namespace
 }  // namespace cotnet
 
 STABLE_TORCH_LIBRARY_IMPL(cotnet_ext, CUDA, m) {
-  m.impl("local_aggregation", TORCH_BOX(&cotnet::local_aggregation_cuda));
-  m.impl("local_aggregation_grad_input", TORCH_BOX(&cotnet::local_aggregation_grad_input_cuda));
-  m.impl("local_aggregation_grad_weight", TORCH_BOX(&cotnet::local_aggregation_grad_weight_cuda));
-  m.impl("local_aggregation_backward", TORCH_BOX(&cotnet::local_aggregation_backward_cuda));
+  using namespace cotnet;
+  m.impl("local_aggregation", TORCH_BOX(&host::local_aggregation<Cuda>));
+  m.impl("local_aggregation_grad_input", TORCH_BOX(&host::local_aggregation_grad_input<Cuda>));
+  m.impl("local_aggregation_grad_weight", TORCH_BOX(&host::local_aggregation_grad_weight<Cuda>));
+  m.impl("local_aggregation_backward", TORCH_BOX(&host::local_aggregation_backward<Cuda>));
 }

@@ -76,5 +76,10 @@ template <class scalar_t>
 scalar_t* mutable_data(const Tensor& tensor) {
   return static_cast<scalar_t*>(tensor.mutable_data_ptr());
 }
+// Null for a gradient that was not asked for.
+template <class scalar_t>
+scalar_t* wanted_data(bool wanted, const Tensor& grad) {
+  return wanted ? mutable_data<scalar_t>(grad) : nullptr;
+}
 
 }  // namespace cotnet

@@ -52,7 +52,8 @@ class CudaContext {
   explicit CudaContext(const torch::stable::Tensor& tensor)
       : guard_(tensor.get_device_index()),
         stream(current_stream(tensor.get_device_index())),
-        numbers(device_numbers(tensor.get_device_index())) {}
+        numbers(device_numbers(tensor.get_device_index())),
+        like(tensor) {}
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;  // first: the device is current from here to the end of the call
@@ -60,6 +61,7 @@ class CudaContext {
  public:
   const cudaStream_t stream;
   const DeviceNumbers& numbers;
+  const torch::stable::Tensor& like;  // what memory for the kernels is on the device of
 };
 
 }  // namespace cotnet

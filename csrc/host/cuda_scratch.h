@@ -7,14 +7,14 @@
 
 namespace cotnet {
 
-// Memory for so many numbers of the type that sums have, until this is gone.
+// Memory for so many sums, on the device of a tensor, until this is gone.
 template <class acc>
 class CudaScratch {
  public:
   explicit CudaScratch(const Tensor& like) : like_(like) {}
 
   acc* operator()(int64_t count) const {
-    held_.push_back(empty_vector(like_, {count}, acc_dtype(like_)));
+    held_.push_back(empty_vector(like_, {count}, sizeof(acc) == 8 ? ScalarType::Double : ScalarType::Float));
     return mutable_data<acc>(held_.back());
   }
 
