@@ -57,9 +57,10 @@ class _NormRelu(Function):
         return _run(_ops.batch_norm, x, norm.table, relu)
 
     @staticmethod
+    @_ops.gradient_by_gradient
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
-        if _ops.must_compose(grad):
+        if _ops.must_compose():
             grads = _composed_gradients(ctx, grad, x, weight, bias)
         else:
             norm = ctx.norm

@@ -60,14 +60,29 @@ def below_autograd(op: Callable, *args):
         return op(*args)
 
 
-def must_compose(grad: Tensor) -> bool:
+def must_compose() -> bool:
     """Whether a backward is differentiated again, or runs under ``torch.func``."""
-    if torch._C._functorch.is_legacy_batchedtensor(grad):
-        raise NotImplementedError(
-            "is_grads_batched (jacobian with vectorize=True) is not supported by fused layers: "
-            "take the gradients one by one, or use torch.func"
-        )
     return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+def gradient_by_gradient(backward: Callable) -> Callable:
+    """The ``backward(ctx, grad)`` of a ``Function`` that PyTorch cannot map over: of a batch of
+    gradients (``is_grads_batched``, ``jacobian`` with ``vectorize=True``) it takes one at a time."""
+
+    @functools.wraps(backward)
+    def mapped(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch._C._functorch.is_legacy_batchedtensor(grad):
+            return backward(ctx, grad)
+        level = torch._C._vmapmode_increment_nesting() - 1  # the level that we are at
+        torch._C._vmapmode_decrement_nesting()
+        batch = torch._remove_batch_dim(grad, level, 1, 0)
+        results = [backward(ctx, one) for one in batch.unbind()]
+        return tuple(
+            None if each[0] is None else torch._add_batch_dim(torch.stack(each), 0, level)
+            for each in zip(*results, strict=True)
+        )
+
+    return mapped
 
 
 @functools.cache

@@ -125,8 +125,9 @@ class _Layer(Function):
         return result.contiguous(memory_format=steps.layout(forward.outside))
 
     @staticmethod
+    @_ops.gradient_by_gradient
     def backward(ctx, grad):
-        if _ops.must_compose(grad):
+        if _ops.must_compose():
             return steps.composed_gradients(ctx, grad)
         with torch.autocast(grad.device.type, enabled=False):
             return None, None, *_Backward(ctx, grad).gradients()

@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 from cases import randn
-from layers import build, every_kind, make_input
+from layers import both_modes, build, every_kind, make_input
 from torch import Tensor, nn
 
 from cotnet_ext import modules, reference
@@ -77,10 +77,14 @@ def test_images_stay_apart_in_evaluation(name, value):
 
 
 @every_kind
-def test_batches_of_gradients_are_refused_in_words(name):
+@both_modes
+def test_batches_of_gradients(name, training):
     """What `torch.autograd.functional.jacobian(vectorize=True)` asks for."""
-    layer, x = build(modules, name), make_input(name).requires_grad_()
+    layer, x = build(modules, name).train(training), make_input(name).requires_grad_()
+    inputs = [x, *layer.parameters()]
     y = layer(x)
-    several = torch.stack([randn(*y.shape, key=i) for i in range(2)])
-    with pytest.raises(NotImplementedError, match="use torch.func"):
-        torch.autograd.grad(y, x, several, is_grads_batched=True)
+    several = torch.stack([randn(*y.shape, key=i) for i in range(3)])
+    batched = torch.autograd.grad(y, inputs, several, True, is_grads_batched=True)
+    one_by_one = [torch.autograd.grad(y, inputs, one, True) for one in several]
+    for ours, theirs in zip(batched, zip(*one_by_one, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.stack(theirs))
