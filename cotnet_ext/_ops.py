@@ -66,8 +66,8 @@ def must_compose() -> bool:
 
 
 def gradient_by_gradient(backward: Callable) -> Callable:
-    """The ``backward(ctx, grad)`` of a ``Function`` that PyTorch cannot map over: of a batch of
-    gradients (``is_grads_batched``, ``jacobian`` with ``vectorize=True``) it takes one at a time."""
+    """For the ``backward(ctx, grad)`` of a ``Function`` that PyTorch cannot map over: of a batch of
+    gradients (``is_grads_batched``, ``jacobian`` with ``vectorize=True``) it gets one at a time."""
 
     @functools.wraps(backward)
     def mapped(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
