@@ -146,3 +146,8 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, name: str) ->
     bits = [t.detach().contiguous().view(integer[t.element_size()]) for t in (actual, expected)]
     different = int((bits[0] != bits[1]).sum())
     assert different == 0, f"{name}: {different} of {actual.numel()} elements differ in bits"
+
+
+def exact(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal up to the rounding of float64."""
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
