@@ -10,6 +10,7 @@ import torch._inductor.config
 from optimised import CL, count, small_network
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from cotnet_ext import optimize_for_inference
 from cotnet_ext.inference import convolution
@@ -106,7 +107,7 @@ def test_whoever_watches_or_transforms_sees_ordinary_operators(monkeypatch):
         check(lambda: fused(x))
     finally:
         torch._C._set_mkldnn_enabled(True)
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         fused(x)
     assert counter.get_total_flops() == 2 * 2 * 25 * 16
     monkeypatch.setattr(convolution, "_supports", lambda dtype: False)
