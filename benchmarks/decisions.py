@@ -1,4 +1,4 @@
-"""`python -m benchmarks.decisions`: a training step of a contextual layer, A against B.
+"""`python -m benchmarks.decisions`: a training step of a layer, A against B.
 
 Prints a Markdown table of medians in milliseconds: the layer composed of its submodules; as one
 function with NCHW or with channels_last inside, wherever its input comes from; and as it is chosen
@@ -66,7 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # in this process, of which the measuring ones are copies
     print(f"| training step, ms | {' | '.join(VARIANTS)} |\n| :-- |{' --: |' * len(VARIANTS)}")
-    for kind in ("CotLayer", "CoXtLayer"):
+    for kind in ("CoTAttention", "CotLayer", "CoXtLayer"):
         for shape in STAGES:
             times: dict[str, list[float]] = {name: [] for name in VARIANTS}
             for _ in range(arguments.rounds):

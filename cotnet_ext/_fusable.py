@@ -142,12 +142,9 @@ def _why_not_counted(layer: nn.Module, input: Tensor) -> str | None:
     if input.numel() == 0:
         return "its input is empty"
     n, _, h, w = input.shape
-    embed, values = layer._branches
-    norms = [layer.key_embed[1], embed[1], values[1]]
-    pooled = []
-    if "se" in layer._parts:
-        norms, pooled = [*norms, layer.bn], [layer.se[1]]
-    if n == 1 and any(map(uses_batch, pooled)) or n * h * w == 1 and any(map(uses_batch, norms)):
+    batch = [uses_batch(norm) for norm in layer._norms]
+    pools = "se" in layer._parts  # its norm is the last, and has one value for each image
+    if any(batch) and n * h * w == 1 or pools and batch[-1] and n == 1:
         return "a BatchNorm has one value for each channel"
     return None
 

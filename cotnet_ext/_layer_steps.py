@@ -79,7 +79,8 @@ class Forward:
         self.inside = self.outside or _is_small(input)
         self.products = Products(layer._groups, self.inside)
         ctx.layer, ctx.dtype, ctx.outside, ctx.inside = layer, dtype, self.outside, self.inside
-        ctx.modes = [norm.training for norm in _norms(layer)]
+        ctx.modes = [norm.training for norm in layer._norms]
+        ctx.named = p._make
 
     def maps(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Static context, hidden maps and value before their norms, of which it makes notes; and
@@ -131,8 +132,7 @@ class Backward:
         count = len(ctx.layer._paths)
         self.input, *saved = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()  # else they live until the end; kept with the graph
-        make = type(ctx.layer._learned())._make
-        self.p, self.needs = make(saved[:count]), make(ctx.needs_input_grad[3:])
+        self.p, self.needs = ctx.named(saved[:count]), ctx.named(ctx.needs_input_grad[3:])
         key, hidden, value, *self.saved = saved[count:]
         self.maps = {"key": key, "hidden": hidden, "value": value}  # before their norms
         self.norms: dict[str, Norm] = dict(zip(self.maps, ctx.norms, strict=True))
@@ -269,14 +269,10 @@ def composed_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return None, None, *results
 
 
-def _norms(layer: nn.Module) -> list[nn.Module]:
-    return [module for module in layer.modules() if isinstance(module, nn.BatchNorm2d)]
-
-
 @contextmanager
 def _modes(layer: nn.Module, modes: list[bool]) -> Iterator[None]:
     """Within it the norms of the layer are in these modes, training or evaluation."""
-    norms = _norms(layer)
+    norms = layer._norms
     before = [norm.training for norm in norms]
     try:
         for norm, training in zip(norms, modes, strict=True):

@@ -182,6 +182,10 @@ class CoTAttention(nn.Module):
         """What makes the logits of input and static context, and what makes the value."""
         return self.attention_embed, self.value_embed
 
+    @property
+    def _norms(self) -> tuple[nn.BatchNorm2d, ...]:
+        return self.key_embed[1], self.attention_embed[1], self.value_embed[1]
+
     def _convolutions(self) -> dict[str, Built]:
         dim, k = self.dim, self.kernel_size
         return {
@@ -302,6 +306,11 @@ class _ContextualLayer(nn.Module):
     def _branches(self) -> tuple[nn.Sequential, nn.Sequential]:
         """What makes the weights from input and static context, and what makes the value."""
         return self.embed, self.conv1x1
+
+    @property
+    def _norms(self) -> tuple[nn.BatchNorm2d, ...]:
+        """The norms of maps, and that of the pooled one."""
+        return self.key_embed[1], self.embed[1], self.conv1x1[1], self.bn, self.se[1]
 
     def _convolutions(self) -> dict[str, Built]:
         dim, k, groups, hidden = self.dim, self.kernel_size, self._groups, self.se[0].out_channels
