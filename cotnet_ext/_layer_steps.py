@@ -131,7 +131,8 @@ class Backward:
         self.layout = layout(ctx.inside)
         count = len(ctx.layer._paths)
         self.input, *saved = ctx.saved_tensors
-        ctx.maybe_clear_saved_tensors()  # else they live until the end; kept with the graph
+        if ctx.once:
+            ctx.maybe_clear_saved_tensors()  # else they live until the end; kept with the graph
         self.p, self.needs = ctx.named(saved[:count]), ctx.named(ctx.needs_input_grad[3:])
         key, hidden, value, *self.saved = saved[count:]
         self.maps = {"key": key, "hidden": hidden, "value": value}  # before their norms

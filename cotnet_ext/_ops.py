@@ -67,11 +67,13 @@ def must_compose() -> bool:
 
 def gradient_by_gradient(backward: Callable) -> Callable:
     """For the ``backward(ctx, grad)`` of a ``Function`` that PyTorch cannot map over: of a batch of
-    gradients (``is_grads_batched``, ``jacobian`` with ``vectorize=True``) it gets one at a time."""
+    gradients (``is_grads_batched``, ``jacobian`` with ``vectorize=True``) it gets one at a time.
+    ``ctx.once`` says whether there is but one."""
 
     @functools.wraps(backward)
     def mapped(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch._C._functorch.is_legacy_batchedtensor(grad):
+        ctx.once = not torch._C._functorch.is_legacy_batchedtensor(grad)
+        if ctx.once:
             return backward(ctx, grad)
         level = torch._C._vmapmode_increment_nesting() - 1  # the level that we are at
         torch._C._vmapmode_decrement_nesting()

@@ -88,3 +88,7 @@ def test_batches_of_gradients(name, training):
     one_by_one = [torch.autograd.grad(y, inputs, one, True) for one in several]
     for ours, theirs in zip(batched, zip(*one_by_one, strict=True), strict=True):
         torch.testing.assert_close(ours, torch.stack(theirs))
+    # What is saved is needed by each of them, and may go with the last.
+    last = torch.autograd.grad(y, inputs, several, is_grads_batched=True)
+    for ours, theirs in zip(last, batched, strict=True):
+        assert torch.equal(ours, theirs)
