@@ -8,7 +8,11 @@ re-exported here; :mod:`cotnet_ext.reference` specifies all of them in plain PyT
 
 import importlib
 
-from . import functional, modules
+from . import (
+    _group_norm_aggregation_pool,  # noqa: F401  (registers an operator that programs may hold)
+    functional,
+    modules,
+)
 from ._ops import build_info
 from ._version import __version__
 from .functional import (

@@ -34,6 +34,7 @@ softmax_aggregation = _ops.softmax_aggregation.default
 softmax_aggregation_backward = _ops.softmax_aggregation_backward.default
 group_norm_aggregation = _ops.group_norm_aggregation.default
 group_norm_aggregation_backward = _ops.group_norm_aggregation_backward.default
+group_norm_aggregation_pool = _ops.group_norm_aggregation_pool.default
 spatial_softmax_gate = _ops.spatial_softmax_gate.default
 spatial_softmax_gate_backward = _ops.spatial_softmax_gate_backward.default
 context_fusion = _ops.context_fusion.default
@@ -282,7 +283,8 @@ def _fold_or_loop(op, info, in_dims, *args):
         isinstance(arg, Tensor) and dim is not None and arg.dim() == 2
         for arg, dim in zip(args, in_dims, strict=True)
     )
-    if op is group_norm_aggregation and not mapped_parameter:
+    forward = op is not group_norm_aggregation_backward
+    if forward and not mapped_parameter:
         return _fold_into_batch(op, info, in_dims, *args)
 
     def element(i):
@@ -308,5 +310,9 @@ for _op in (
     context_fusion_backward,
 ):
     torch.library.register_vmap(_op, functools.partial(_fold_into_batch, _op))
-for _op in (group_norm_aggregation, group_norm_aggregation_backward):
+for _op in (
+    group_norm_aggregation,
+    group_norm_aggregation_backward,
+    group_norm_aggregation_pool,
+):
     torch.library.register_vmap(_op, functools.partial(_fold_or_loop, _op))

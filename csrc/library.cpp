@@ -27,6 +27,10 @@ STABLE_TORCH_LIBRARY(cotnet_ext, m) {
         "Tensor? norm_weight, Tensor? norm_bias, " WINDOW ", bool[4] output_mask, float eps)"
         " -> (Tensor, Tensor, Tensor, Tensor)");
 
+  // shift [G*C] has the type of sums, and so have the means [N, G*C].
+  m.def("group_norm_aggregation_pool(Tensor input, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, Tensor shift, "
+        "Tensor? static, float eps, " WINDOW ") -> (Tensor output, Tensor means)");
+
   m.def("spatial_softmax_gate(Tensor logits, Tensor value, Tensor static) -> Tensor");
   m.def("spatial_softmax_gate_backward(Tensor grad, Tensor logits, Tensor value, bool[2] output_mask) -> (Tensor, Tensor)");
 

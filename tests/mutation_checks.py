@@ -17,9 +17,10 @@ from types import ModuleType
 
 import emulated_norms as norms
 import test_cuda_context_fusion as fusion
+import test_cuda_group_norm_aggregation_pool as pool
 import test_cuda_spatial_softmax_gate as gate
 import torch
-from cases import Case
+from cases import CASES, Case
 from emulated_aggregations import check_schedules
 from emulated_maps import GPUS, MODULE_FOLDER, load_kernels, shaped
 from oracle import FUSION, GATE, LOCAL, Function, expected
@@ -122,6 +123,19 @@ def batch_norm_fusion() -> None:
     check_sweeps(OF_FUSION)
 
 
+# Each kernel of the aggregation: tiles of several planes, direct, channels_last, and any other.
+POOLED = (
+    *((case, False) for case in AGGREGATIONS if case.name in ("tile_7x7", "direct_30x40")),
+    (IMAGE, True),
+    (CASES["heads2"], False),
+)
+
+
+def group_norm_aggregation_pool() -> None:
+    for case, last in POOLED:
+        pool.check_schedules(load_kernels(), schedules, case, torch.float32, last)
+
+
 # By the op whose kernels are bound.
 CHECKS: dict[str, Callable[[], None]] = {
     check.__name__: check
@@ -131,6 +145,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         context_fusion,
         batch_norm_fusion,  # before what its name begins with
         batch_norm,
+        group_norm_aggregation_pool,
     )
 }
 

@@ -86,6 +86,11 @@ def _norm(s: Sampler) -> Arguments:
     return *tensors, EPS, *s.case.op_geometry
 
 
+def _norm_pool(s: Sampler) -> Arguments:
+    grad, *tensors = s.tensors(NORM)  # the gradient stands for the map that is pooled as well
+    return *tensors, _table(s, grad.shape[1]), grad, EPS, *s.case.op_geometry
+
+
 def _norm_backward(s: Sampler) -> Arguments:
     grad, x, weight, gamma, beta = s.tensors(NORM)
     statistics = s.statistics(weight)
@@ -154,6 +159,7 @@ SAMPLES: dict[str, Callable[[Sampler], Arguments]] = {
     "softmax_aggregation_backward": lambda s: s.backward(SOFTMAX, 2),
     "group_norm_aggregation": _norm,
     "group_norm_aggregation_backward": _norm_backward,
+    "group_norm_aggregation_pool": _norm_pool,
     "spatial_softmax_gate": lambda s: s.forward(GATE),
     "spatial_softmax_gate_backward": _gate_backward,
     "context_fusion": lambda s: s.forward(FUSION),

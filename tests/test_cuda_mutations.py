@@ -22,6 +22,7 @@ from emulated_maps import TARGET
 from mutation_checks import CHECKS
 from test_sanitizers import environment
 
+ANY = "aggregation.cuh"
 TILE = "aggregation_tile.cuh"
 GRADIENT = "aggregation_tile_grad_weight.cuh"
 COPIES = "aggregation_tile_copies.cuh"
@@ -141,6 +142,21 @@ MUTATIONS |= {
                                            "true ? widen(packs[b].at[e])"),
 }  # fmt: skip
 
+POOL = "group_norm_aggregation_pool.cuh"
+OF_POOL = POOL.removesuffix(".cuh")
+MUTATIONS |= {
+    "nothing changed in the pooling": (POOL, "", ""),
+    "pool: shifts of the first plane": (TILE, "of_plane + j * p.weight", "j * p.weight", OF_POOL),
+    "pool: a shift of all sharers": (DIRECT, "tail.of(channel + j * p.weight_channels)",
+                                     "tail.of(channel)", OF_POOL),
+    "pool: a shift of four channels": (IMAGE, "tail.of(channel + i)", "tail.of(channel)", OF_POOL),
+    "pool: a shift of all channels": (ANY, "tail.of(channel + c * p.weight_channels)",
+                                      "tail.of(channel)", OF_POOL),
+    "pool: the first map alone": (POOL, "i < kMaps", "i < 1"),
+    "pool: sums for means": (POOL, "1 / double(p.out_plane())", "1.0"),
+    "pool: nothing but the sum": (POOL, "ShiftedSilu<acc>{shift}", "NoTail{}"),
+}  # fmt: skip
+
 # What compiles once for all mutants, as it is most of the work: the headers of other projects.
 HEADERS = """
 #include <pybind11/numpy.h>
@@ -172,21 +188,23 @@ def prepared(tmp_path_factory) -> Path:
     return folder
 
 
-def op_of(name: str) -> str:
-    """The op whose kernels a file of csrc/cuda is tested with."""
+def op_of(name: str, old: str = "", new: str = "", op: str | None = None) -> str:
+    """The op whose kernels a mutation of a file of csrc/cuda is tested with."""
+    if op is not None:
+        return op
     if name in (PASSES, TABLES):
         return "batch_norm_fusion"
     return next((op for op in CHECKS if name.startswith(op)), "local_aggregation")
 
 
-def build(folder: Path, prepared: Path, name: str, old: str, new: str) -> None:
+def build(folder: Path, prepared: Path, name: str, old: str, new: str, *op: str) -> None:
     """The module of one op alone, from a copy of the kernels with one change."""
     shutil.copytree(ROOT / "csrc" / "cuda", folder / "cuda")
     text = (folder / "cuda" / name).read_text()
     assert not old or old in text, f"{name} has changed: the mutation finds nothing"
     (folder / "cuda" / name).write_text(text.replace(old, new, 1) if old else text)
     sources = [f"-I{folder}", f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}"]
-    sources += [EMULATOR / f"{op_of(name)}.cpp", prepared / "module.o"]
+    sources += [EMULATOR / f"{op_of(name, old, new, *op)}.cpp", prepared / "module.o"]
     library = folder / f"{TARGET}{sysconfig.get_config_var('EXT_SUFFIX')}"
     compile_cpp("-include", prepared / "headers.h", "-shared", *sources, "-o", library)
 
@@ -222,7 +240,7 @@ def outcomes(request, prepared) -> Iterator[dict[str, Future]]:
         build(folder, prepared, *MUTATIONS[mutation])
         server = idle.get()
         try:
-            return server.check(op_of(MUTATIONS[mutation][0]), folder)
+            return server.check(op_of(*MUTATIONS[mutation]), folder)
         finally:
             idle.put(server)
 

@@ -16,7 +16,7 @@ from exporting import TENSORRT, Detector, Functions, OpenFunctions, operators
 from torch import nn
 from torch.export import Dim
 
-from cotnet_ext import export, modules, reference
+from cotnet_ext import export, modules, optimize_for_inference, reference
 from cotnet_ext.export import _program
 
 OPEN = ({0: Dim("batch", min=1), 2: Dim("height", min=3), 3: Dim("width", min=3)},)
@@ -64,10 +64,12 @@ def test_decompositions_are_the_operators(case):
     table = export.decompositions()
     x, w = randn(*case.input_shape), randn(*case.weight_shape)
     norm = randn(case.norm_size, key="weight"), randn(case.norm_size, key="bias")
+    shift, static = randn(case.output_shape[1]), randn(*case.output_shape)
     calls = {
         "local_aggregation": (x, w),
         "softmax_aggregation": (x, w),
         "group_norm_aggregation": (x, w, *norm, 1e-5),
+        "group_norm_aggregation_pool": (x, w, *norm, shift, static, 1e-5),
     }
     for name, args in calls.items():
         op = getattr(torch.ops.cotnet_ext, name).default
@@ -103,7 +105,7 @@ COMMON = {"Conv": 7, "Relu": 3, "Add": 5, "Mul": 5, "Sigmoid": 1, "ReduceMean": 
 COMMON |= {"Gemm": 2, "InstanceNormalization": 1, "Reshape": 7, "Unsqueeze": 1}
 NODES = {
     "attention": {"Conv": 5, "Relu": 2, "Add": 2, "Mul": 1, "Softmax": 1, "Reshape": 2},
-    "cot": COMMON | {"Split": 1},
+    "cot": COMMON | {"Split": 1, "Reshape": 6},
     # The groups of its `conv1x1` apart, so that no channels change places.
     "coxt": COMMON | {"Split": 1, "Conv": 8, "Add": 4},
 }
@@ -177,6 +179,29 @@ def test_weights_that_layers_only_slice_are_stored_once(tmp_path):
     # Beside them: kernels of ones and zeros of the aggregation.
     one_hot = 4 * 128 * 9 * (9 + 1)
     assert path.stat().st_size < 1.05 * parameters + one_hot + 20_000
+
+
+# ---- Optimised layers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["CoTAttention", "CotLayer", "CoXtLayer"])
+@pytest.mark.parametrize("dim", [16, 144])
+def test_optimised_layers(tmp_path, name, dim):
+    """The operator that only they have becomes what every runtime knows, too."""
+    layer = optimize_for_inference(getattr(modules, name)(dim, kernel_size=3))
+    x = randn(2, dim, 6, 7, dtype=torch.float32)
+    batch = ({0: OPEN[0][0]},)
+    path = tmp_path / "layer.onnx"
+    assert export.onnx(layer, (x,), path, dynamic_shapes=batch, samples=[(x[:1],)]) < 1e-5
+    assert set(operators(path)) <= TENSORRT
+    for decompose in (False, True):
+        path = tmp_path / f"{decompose}.pt2"
+        export.pt2(layer, (x,), path, dynamic_shapes=batch, decompose=decompose)
+        nodes = {str(n.target) for n in torch.export.load(path).graph.nodes}
+        pools = any("group_norm_aggregation_pool" in target for target in nodes)
+        kept = name == "CotLayer" or (name == "CoXtLayer" and dim > 128)
+        assert pools == (kept and not decompose)
+        assert decompose != any("cotnet_ext" in target for target in nodes)
 
 
 # ---- Models of other people ----------------------------------------------------------------------

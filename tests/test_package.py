@@ -31,7 +31,12 @@ LAYERS = (
     {"models"},
     {"checkpoints", "compat"},
     {"modules"},
-    {"_attention_training", "_convolutions", "_training"},
+    {
+        "_attention_training",
+        "_convolutions",
+        "_group_norm_aggregation_pool",
+        "_training",
+    },
     {"functional", "_fusable", "_layer_steps", "_norm_relu", "_pointwise"},
     {"_autograd", "_batch_norm", "_layer_parameters", "_plain", "_products"},
     {"_ops"},

@@ -20,6 +20,7 @@ def decompositions() -> dict[Callable, Callable]:
         _OPS.local_aggregation.default: _local_aggregation,
         _OPS.softmax_aggregation.default: _softmax_aggregation,
         _OPS.group_norm_aggregation.default: _group_norm_aggregation,
+        _OPS.group_norm_aggregation_pool.default: _group_norm_aggregation_pool,
         _OPS.spatial_softmax_gate.default: _spatial_softmax_gate,
         _OPS.context_fusion.default: _context_fusion,
     }
@@ -75,6 +76,23 @@ def _group_norm_aggregation(
     wide = torch.promote_types(weight.dtype, torch.float32)
     variance, mean = torch.var_mean(weight.flatten(1, 2).to(wide), (2, 3, 4), correction=0)
     return _local_aggregation(input, normalised, *window), mean, (variance + eps).rsqrt()
+
+
+def _group_norm_aggregation_pool(
+    input: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    shift: Tensor,
+    static: Tensor | None,
+    *eps_and_window,
+) -> tuple[Tensor, Tensor]:
+    summed, *_ = _group_norm_aggregation(input, weight, norm_weight, norm_bias, *eps_and_window)
+    output = F.silu(summed.to(shift.dtype) + shift[:, None, None])
+    means = output.mean((2, 3))
+    if static is not None:
+        means = means + static.to(shift.dtype).mean((2, 3))
+    return output.to(input.dtype), means
 
 
 def _spatial_softmax_gate(logits: Tensor, value: Tensor, static: Tensor) -> Tensor:

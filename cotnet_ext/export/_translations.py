@@ -27,6 +27,7 @@ def translations() -> dict[Callable, Callable]:
         _OPS.local_aggregation.default: _local_aggregation,
         _OPS.softmax_aggregation.default: _softmax_aggregation,
         _OPS.group_norm_aggregation.default: _group_norm_aggregation,
+        _OPS.group_norm_aggregation_pool.default: _group_norm_aggregation_pool,
         _OPS.spatial_softmax_gate.default: _spatial_softmax_gate,
         _OPS.context_fusion.default: _context_fusion,
     }
@@ -71,6 +72,19 @@ def _statistics(rows: ir.Value, one: ir.Value, eps: float) -> tuple[ir.Value, ir
     variance = op.Sub(squares, op.Mul(mean, mean))
     eps = op.CastLike(op.Constant(value_float=eps), one)
     return mean, op.Reciprocal(op.Sqrt(op.Add(variance, eps)))
+
+
+def _group_norm_aggregation_pool(
+    input, weight, norm_weight, norm_bias, shift, static, *eps_and_window
+):
+    summed, *_ = _group_norm_aggregation(input, weight, norm_weight, norm_bias, *eps_and_window)
+    # Maps in their own dtype, as runtimes are made for; numbers of channels in that of sums.
+    z = op.Add(summed, op.Unsqueeze(op.CastLike(shift, input), _numbers(1, 2)))
+    output = op.Mul(z, op.Sigmoid(z))
+    means = op.ReduceMean(output, _numbers(2, 3), keepdims=0)
+    if static is not None:
+        means = op.Add(means, op.ReduceMean(static, _numbers(2, 3), keepdims=0))
+    return output, op.CastLike(means, shift)
 
 
 def _spatial_softmax_gate(logits, value, static):

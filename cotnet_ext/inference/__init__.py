@@ -120,6 +120,8 @@ class _Cast:
         self.channels_last = memory_format == torch.channels_last
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if len(args) == 1 and isinstance(args[0], Tensor) and not kwargs:
+            return (self._cast(args[0]),), kwargs  # walking the tree takes longer than a small call
         return pytree.tree_map_only(Tensor, self._cast, (args, kwargs))
 
     def _cast(self, tensor: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ for all of them:
 
 * The key, `embed` and value norms are in the convolutions before them. The BatchNorm after the
   aggregation is, too: the aggregation is linear in each channel of the value, so its factor is in
-  the rows of the value convolution, and only a summand for each channel is left.
+  the rows of the value convolution, and only a summand for each channel is left. The aggregation
+  adds it, applies the SiLU and takes the mean over the map, with that of the static context.
 * Nothing is concatenated: `embed[0]` is the sum of a convolution of the input and one of the static
   context, where the second adds itself to the first and applies the ReLU.
 * The value convolution stays apart from the one of the input for `embed`. As one product, their
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import modules, reference
+from .._group_norm_aggregation_pool import group_norm_aggregation_pool
 from ..functional import context_fusion, group_norm_aggregation, spatial_softmax_gate
 from ..modules import _is_plain, _is_plain_pointwise, _mean_of_sum, _swap_blocks
 from .convolution import FusedConv2d, _autocast_enabled, fold, scale_and_shift
@@ -143,7 +145,9 @@ class FusedContextualLayer(nn.Module):
             self.order_back = fused(dense, back[..., None, None], shift, "silu")
         else:
             self.value = fused(conv, weight, bias)
-        self.shift = _constant(shift.view(-1, 1, 1))
+            if groups == 2:  # channels of the aggregation come in the order of its blocks
+                shift = _swap_blocks(shift.view(1, dim, 1, 1), 2, 8).flatten()
+        self.shift = _constant(shift)
 
         self.norm_weight = _constant(group_norm.weight)
         self.norm_bias = _constant(group_norm.bias)
@@ -160,33 +164,31 @@ class FusedContextualLayer(nn.Module):
         hidden = self.hidden_of_input(input)
         hidden = self.hidden_of_static(static, hidden, overwrite=True)
         dynamic, pooled = self._aggregate(self.value(input), self.expand(hidden), static)
-        hidden = F.relu(F.linear(pooled.flatten(1), self.squeeze_weight, self.squeeze_bias))
+        pooled = pooled.to(self.squeeze_weight.dtype)
+        hidden = F.relu(F.linear(pooled, self.squeeze_weight, self.squeeze_bias))
         logits = F.linear(hidden, self.excite_weight, self.excite_bias)
         return context_fusion(dynamic, static, logits.view(-1, self.dim, 2))
 
     def _aggregate(self, value: Tensor, weight: Tensor, static: Tensor) -> tuple[Tensor, Tensor]:
-        """The dynamic context, and the mean over the map of both contexts `[N, dim, 1, 1]`."""
-        swaps = self.groups == 2 and self.order_back is None
-        if swaps:
-            value = _swap_blocks(value, 2, 8)
-        dynamic = group_norm_aggregation(
-            value,
-            weight.unflatten(1, (1, self.dim // 8, self.kernel_size * self.kernel_size)),
-            self.norm_weight,
-            self.norm_bias,
-            self.eps,
-            kernel_size=self.kernel_size,
-            padding=self.kernel_size // 2,
-        )
-        if swaps:
-            dynamic = _swap_blocks(dynamic, 8, 2)
+        """The dynamic context, and the mean over the map of both contexts `[N, dim]`."""
+        weight = weight.unflatten(1, (1, self.dim // 8, self.kernel_size * self.kernel_size))
+        norm = self.norm_weight, self.norm_bias
         if self.order_back is not None:
+            padding = self.kernel_size // 2
+            dynamic = group_norm_aggregation(
+                value, weight, *norm, self.eps, kernel_size=self.kernel_size, padding=padding
+            )
             dynamic = self.order_back(dynamic)
-        elif dynamic.requires_grad:
-            dynamic = F.silu(dynamic + self.shift)
-        else:
-            dynamic = F.silu(dynamic.add_(self.shift), inplace=True)
-        return dynamic, _mean_of_sum(dynamic, static)
+            return dynamic, _mean_of_sum(dynamic, static).flatten(1)
+        if self.groups == 1:
+            return group_norm_aggregation_pool(
+                value, weight, *norm, self.shift, static, self.eps, self.kernel_size
+            )
+        dynamic, mean = group_norm_aggregation_pool(
+            _swap_blocks(value, 2, 8), weight, *norm, self.shift, None, self.eps, self.kernel_size
+        )
+        mean = _swap_blocks(mean[..., None, None], 8, 2).flatten(1)
+        return _swap_blocks(dynamic, 8, 2), mean + static.mean((2, 3))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, kernel_size={self.kernel_size}, groups={self.groups}"

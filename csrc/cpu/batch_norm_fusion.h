@@ -3,21 +3,12 @@
 //     s = silu((y0 - m)*a + b)        r = max((k0 - m')*a' + b', 0)        y = p0*s + p1*r
 // where p0 and p1 are the attention of a channel of an image. s and r are never in memory.
 // Included once per target namespace by foreach_target.h.
+#include "cpu/activations.h"
 #include "cpu/norm_table.h"
 
-// 1/(1 + exp(-z)); the exponential is of a number that is not positive.
-template <class V>
-COTNET_INLINE V sigmoid(V z) {
-  const V e = exponential(z < 0 ? z : -z);
-  return (z < 0 ? e : V{} + 1) / (1 + e);
-}
 template <class V>
 COTNET_INLINE V normed(V x, const V* norm) {
   return (x - norm[0]) * norm[1] + norm[2];
-}
-template <class V>
-COTNET_INLINE V silu(V z) {
-  return z * sigmoid(z);
 }
 template <class V>
 COTNET_INLINE V relu(V z) {

@@ -65,10 +65,11 @@ NormField<scalar_t> norm_field(const GroupNormOperands<scalar_t>& a) {
   return {{a.w}, a.mean, a.rstd, a.gamma, a.beta};
 }
 
-template <class scalar_t, class Parallel>
+// tail: what is done to y while it is in cache, see NoTail.
+template <class scalar_t, class Parallel, class Tail = NoTail>
 void group_norm_aggregation_forward(const AggregationProblem& p, const GroupNormOperands<scalar_t>& a, double eps, scalar_t* y,
-                                    const Parallel& parallel) {
-  if (p.channels_last) return group_norm_forward_nhwc(p, a, eps, y, parallel);
+                                    const Parallel& parallel, const Tail& tail = {}) {
+  if (p.channels_last) return group_norm_forward_nhwc(p, a, eps, y, parallel, tail);
   const int64_t size = p.taps() * p.out_plane();
   const auto statistics = [&](int64_t n, int64_t m) {
     for (int64_t g = 0; g < p.heads; ++g) {
@@ -81,12 +82,14 @@ void group_norm_aggregation_forward(const AggregationProblem& p, const GroupNorm
     for_whole_units(p, field, parallel, 1, [&](auto& tiles, int64_t n, int64_t m, int64_t begin, int64_t end) {
       statistics(n, m);
       for (int64_t band = begin; band < end; ++band) tiles.forward(n, m, band, a.x, y);
+      tail.planes(n, m);
     });
   } else {  // too few units to keep the threads busy: statistics first, then bands
     parallel(p.batch * p.weight_channels, p.heads * size, [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) statistics(unit / p.weight_channels, unit % p.weight_channels);
     });
     for_units(p, field, parallel, [&](auto& tiles, int64_t n, int64_t m, int64_t band) { tiles.forward(n, m, band, a.x, y); });
+    tail.all_planes(parallel);
   }
 }
 

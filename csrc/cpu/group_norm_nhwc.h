@@ -224,9 +224,20 @@ bool images_suffice(const AggregationProblem& p, const Parallel& parallel) {
   return p.batch % parallel.threads() == 0 || p.batch >= 4 * parallel.threads();
 }
 
-template <class scalar_t, class Parallel>
+// What follows the aggregation of an output: nothing here.
+struct NoTail {
+  // NCHW: the planes of weight channel m are there.
+  void planes(int64_t /* n */, int64_t /* m */) const {}
+  // NCHW, where bands of one plane are shared out: all planes are there.
+  template <class Parallel>
+  void all_planes(const Parallel&) const {}
+  // NHWC: these rows are there.
+  void rows(int64_t /* n */, Rows) const {}
+};
+
+template <class scalar_t, class Parallel, class Tail>
 void group_norm_forward_nhwc(const AggregationProblem& p, const GroupNormOperands<scalar_t>& a, double eps, scalar_t* y,
-                             const Parallel& parallel) {
+                             const Parallel& parallel, const Tail& tail) {
   const NormField<scalar_t> field{{a.w}, a.mean, a.rstd, a.gamma, a.beta};
   const int64_t bands = NhwcTiles<NormField<scalar_t>>::bands(p, kNormThreads), groups = p.heads * p.weight_channels;
   const int64_t image = p.out_plane() * groups * p.taps();
@@ -248,14 +259,20 @@ void group_norm_forward_nhwc(const AggregationProblem& p, const GroupNormOperand
     return for_images(p, field, parallel, bands, [&](auto& tiles, int64_t n) {
       for (int64_t band = 0; band < bands; ++band) measure(n, band);
       finish(n);
-      for (int64_t band = 0; band < bands; ++band) tiles.forward(n, band, a.x, y);
+      for (int64_t band = 0; band < bands; ++band) {
+        tiles.forward(n, band, a.x, y);
+        tail.rows(n, rows_of_band(p.rows.out, bands, band));
+      }
     });
   parallel(p.batch * bands, image / bands, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) measure(task / bands, task % bands);
   });
   for (int64_t n = 0; n < p.batch; ++n) finish(n);
-  for_bands(p, field, parallel, parallel.threads(),
-            [&](auto& tiles, int64_t n, int64_t band) { tiles.forward(n, band, a.x, y); });
+  const int64_t own_bands = NhwcTiles<NormField<scalar_t>>::bands(p, parallel.threads());
+  for_bands(p, field, parallel, parallel.threads(), [&](auto& tiles, int64_t n, int64_t band) {
+    tiles.forward(n, band, a.x, y);
+    tail.rows(n, rows_of_band(p.rows.out, own_bands, band));
+  });
 }
 
 // Any gradient may be null; grad_gamma and grad_beta are [N, G*Cw*K]. The gradient d of the normalised weights waits in

@@ -8,7 +8,7 @@
 
 constexpr int64_t kChunkElements = 16384;  // of a chunk: its exponentials stay in the second-level cache
 constexpr int64_t kChunkPixels = 64;       // channels_last: at least, so that a chunk's sums are small beside it
-constexpr int64_t kPrefetchBytes = 1024;   // how far ahead of a stream
+constexpr int64_t kAheadBytes = 1024;      // how far ahead of a stream
 
 // ---- lanes -----------------------------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ struct PartVector {
 // Asks for what a stream reads or writes `bytes` further on, which may lie outside the tensor. For outputs this matters
 // most: a store that has to fetch its line holds up all stores behind it.
 template <class scalar_t>
-COTNET_INLINE void prefetch_ahead(const scalar_t* p, int64_t bytes = kPrefetchBytes) {
+COTNET_INLINE void prefetch_ahead(const scalar_t* p, int64_t bytes = kAheadBytes) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + uintptr_t(bytes)));
 }
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "core/problem.h"
+#include "cuda/tails.cuh"
 #include "cuda/weights.cuh"
 
 namespace cotnet {
@@ -101,10 +102,10 @@ COTNET_DEVICE bool image_of(const Axis& axis, int64_t h, int which, int64_t& pla
 // ---- forward
 
 // y[n, g*C + c, q] for up to kChannels channels c of one weight channel: taps in order, each weight read once.
-template <class scalar_t, class Weights>
+template <class scalar_t, class Weights, class Tail>
 COTNET_KERNEL(kAnyThreads, 1)
 aggregation_forward_kernel(const AggregationProblem p, const Weights weights, const scalar_t* x /* [N, C, H, W] */,
-                           scalar_t* y /* [N, G*C, Ho, Wo] */) {
+                           scalar_t* y /* [N, G*C, Ho, Wo] */, const Tail tail) {
   using acc = acc_t<scalar_t>;
   Task task;
   const int64_t plane = p.out_plane(), taps = p.taps();
@@ -130,11 +131,12 @@ aggregation_forward_kernel(const AggregationProblem p, const Weights weights, co
         sums[c] = fma(weight, load_wide_if(value + c * p.weight_channels * in.channel, c < task.channels), sums[c]);
     }
   }
-  scalar_t* const to =
-      y + task.image * out.image + (task.head * p.channels + task.first_channel) * out.channel + task.position * out.position;
+  const int64_t channel = task.head * p.channels + task.first_channel;
+  scalar_t* const to = y + task.image * out.image + channel * out.channel + task.position * out.position;
   COTNET_UNROLL
   for (int c = 0; c < kChannels; ++c)
-    if (c < task.channels) store_narrow(to + c * p.weight_channels * out.channel, sums[c]);
+    if (c < task.channels)
+      store_narrow(to + c * p.weight_channels * out.channel, tail.of(channel + c * p.weight_channels)(sums[c]));
 }
 
 // ---- gradient of the input
@@ -269,11 +271,11 @@ aggregation_grad_weight_kernel(const AggregationProblem p, const Sink sink, cons
 
 // ---- launches, with a thread for each task
 
-template <class scalar_t, class Weights>
+template <class scalar_t, class Weights, class Tail = NoTail>
 void launch_aggregation_forward(const AggregationProblem& p, const Weights& weights, const scalar_t* x, scalar_t* y,
-                                Stream stream) {
+                                Stream stream, const Tail& tail = {}) {
   const int64_t tasks = p.batch * p.heads * p.weight_channels * channel_chunks(p) * p.out_plane();
-  launch_kernel(aggregation_forward_kernel<scalar_t, Weights>, cover(tasks), stream, p, weights, x, y);
+  launch_kernel(aggregation_forward_kernel<scalar_t, Weights, Tail>, cover(tasks), stream, p, weights, x, y, tail);
 }
 
 template <class scalar_t, class Weights>

@@ -31,11 +31,11 @@ COTNET_DEVICE void load_row(const scalar_t* from, bool inside, bool first, bool 
   values[kColumns + 1] = last ? acc(0) : lane == 31 ? beside : behind;
 }
 
-template <class scalar_t, class Weights, int kColumns>
+template <class scalar_t, class Weights, int kColumns, class Tail>
 COTNET_KERNEL(kDirectThreads, 3)
 aggregation_direct_kernel(const AggregationProblem p, const Direct direct, const Weights weights,
                           const scalar_t* raw /* [N, Cw, 9, H, W] */, const scalar_t* x /* [N, C, H, W] */,
-                          scalar_t* y /* [N, C, H, W] */) {
+                          scalar_t* y /* [N, C, H, W] */, const Tail tail) {
   using acc = acc_t<scalar_t>;
   // Threads beyond the last do the last one's work, for their neighbours' sake, and store nothing.
   int64_t rest = int64_t(blockIdx.x) * kDirectThreads + threadIdx.x;
@@ -47,8 +47,8 @@ aggregation_direct_kernel(const AggregationProblem p, const Direct direct, const
   const bool first = segment == 0, last = segment == direct.row_vectors - 1;
   const int64_t plane = p.out_plane(), position = int64_t(vector) * kColumns, step = p.weight_channels * plane;
   const WeightPlace place{image, weight_channel, p.weight_channels, position, plane, 9};
-  const int64_t channel = image * p.channels + chunk * kDirectChannels * p.weight_channels + weight_channel;
-  const int64_t offset = channel * plane + position;
+  const int64_t channel = chunk * kDirectChannels * p.weight_channels + weight_channel;
+  const int64_t offset = (image * p.channels + channel) * plane + position;
   const scalar_t* const w_from = raw + place.unit() * 9 * plane + position;
 
   using Source = TapWeights<Weights, kColumns>;
@@ -86,17 +86,18 @@ aggregation_direct_kernel(const AggregationProblem p, const Direct direct, const
   COTNET_UNROLL
   for (int j = 0; j < kDirectChannels; ++j) {
     source.finish(sums[j]);
+    const auto finish = tail.of(channel + j * p.weight_channels);
     Pack<scalar_t, kColumns> pack;
     COTNET_UNROLL
-    for (int i = 0; i < kColumns; ++i) pack.at[i] = narrow<scalar_t>(sums[j][i]);
+    for (int i = 0; i < kColumns; ++i) pack.at[i] = narrow<scalar_t>(finish(sums[j][i]));
     store_vec(y + offset + j * step, pack);
   }
 }
 
 // True when the kernel was launched. raw: the weights before their transformation.
-template <class scalar_t, class Weights>
+template <class scalar_t, class Weights, class Tail = NoTail>
 bool try_aggregation_direct(const AggregationProblem& p, const Weights& weights, const scalar_t* raw, const scalar_t* x,
-                            scalar_t* y, Stream stream) {
+                            scalar_t* y, Stream stream, const Tail& tail = {}) {
   if constexpr (sizeof(scalar_t) > 4) {
     return false;
   } else {
@@ -104,8 +105,8 @@ bool try_aggregation_direct(const AggregationProblem& p, const Weights& weights,
     const bool aligned = alignment_of(raw) == 16 && alignment_of(x) == 16 && alignment_of(y) == 16;
     const Direct direct = choose_aggregation_direct(p, sizeof(scalar_t), kColumns, aligned);
     if (!direct.possible()) return false;
-    launch_kernel(&aggregation_direct_kernel<scalar_t, Weights, kColumns>, direct.launch, stream, p, direct, weights, raw, x,
-                  y);
+    launch_kernel(&aggregation_direct_kernel<scalar_t, Weights, kColumns, Tail>, direct.launch, stream, p, direct, weights, raw,
+                  x, y, tail);
     return true;
   }
 }

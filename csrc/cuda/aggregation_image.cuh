@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/aggregation_image_launch.h"
+#include "cuda/tails.cuh"
 #include "cuda/weights.cuh"
 
 namespace cotnet {
@@ -241,11 +242,11 @@ struct ImageSlab {
 
 // ---- forward
 
-template <class scalar_t, class Weights, int kPiece>
+template <class scalar_t, class Weights, int kPiece, class Tail>
 COTNET_KERNEL(kImageThreads, 3)
 aggregation_image_kernel(const AggregationProblem p, const ImageTile tile, const Weights weights,
                          const scalar_t* raw /* [N, Cw, 9, H, W] */, const scalar_t* x /* [N, C, H, W] */,
-                         scalar_t* y /* [N, C, H, W] */) {
+                         scalar_t* y /* [N, C, H, W] */, const Tail tail) {
   using acc = acc_t<scalar_t>;
   constexpr int kTogether = kImageTogether<scalar_t>;
   const ImageSlab<scalar_t, kPiece> slab{tile};
@@ -306,6 +307,12 @@ aggregation_image_kernel(const AggregationProblem p, const ImageTile tile, const
             for (int i = 0; i < kImageQuad; ++i) sums[k][i] = fma(w[t][i], values[i], sums[k][i]);
           }
         }
+        COTNET_UNROLL
+        for (int k = 0; k < kTogether; ++k) {
+          const int64_t channel = at.channel + quad * kImageQuad + (j + k) * p.weight_channels;
+          COTNET_UNROLL
+          for (int i = 0; i < kImageQuad; ++i) sums[k][i] = tail.of(channel + i)(sums[k][i]);
+        }
         store_quads(to, p.weight_channels, sums, lanes);
       }
     }
@@ -315,9 +322,9 @@ aggregation_image_kernel(const AggregationProblem p, const ImageTile tile, const
 }
 
 // True when the kernel was launched. raw: the weights before their transformation.
-template <class scalar_t, class Weights>
+template <class scalar_t, class Weights, class Tail = NoTail>
 bool try_aggregation_image(const AggregationProblem& p, const Weights& weights, const scalar_t* raw, const scalar_t* x,
-                           scalar_t* y, const DeviceNumbers& numbers, Stream stream) {
+                           scalar_t* y, const DeviceNumbers& numbers, Stream stream, const Tail& tail = {}) {
   if constexpr (sizeof(scalar_t) > 4) {
     return false;
   } else {
@@ -327,10 +334,10 @@ bool try_aggregation_image(const AggregationProblem& p, const Weights& weights, 
     needs.norm = kIsNorm<Weights>;
     const ImageTile tile = choose_aggregation_image(p, sizeof(scalar_t), aligned, needs, numbers);
     if (!tile.possible()) return false;
-    const auto launch = [&](auto* kernel) { launch_kernel(kernel, tile.launch, stream, p, tile, weights, raw, x, y); };
-    if constexpr (sizeof(scalar_t) == 4) launch(&aggregation_image_kernel<scalar_t, Weights, 0>);
-    else if (tile.slab == 16) launch(&aggregation_image_kernel<scalar_t, Weights, 32>);
-    else launch(&aggregation_image_kernel<scalar_t, Weights, 16>);
+    const auto launch = [&](auto* kernel) { launch_kernel(kernel, tile.launch, stream, p, tile, weights, raw, x, y, tail); };
+    if constexpr (sizeof(scalar_t) == 4) launch(&aggregation_image_kernel<scalar_t, Weights, 0, Tail>);
+    else if (tile.slab == 16) launch(&aggregation_image_kernel<scalar_t, Weights, 32, Tail>);
+    else launch(&aggregation_image_kernel<scalar_t, Weights, 16, Tail>);
     return true;
   }
 }

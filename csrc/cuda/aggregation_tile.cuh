@@ -80,11 +80,11 @@ COTNET_DEVICE void transform_mirrored(const KnownSoftmaxWeights<scalar_t>& weigh
 
 // kSize: rows and columns of a window. kSharers: channels of a tile. kMirrored: the gradient of the input, from x = grad_y
 // to y = grad_x.
-template <class scalar_t, class Weights, int kSize, int kSharers, int kVector, bool kMirrored>
+template <class scalar_t, class Weights, int kSize, int kSharers, int kVector, bool kMirrored, class Tail>
 COTNET_KERNEL(kTileThreads, 2)
 aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weights weights,
                         const scalar_t* raw /* [N, Cw, kTaps, H, W] */, const scalar_t* x /* [N, C, H, W] */,
-                        scalar_t* y /* [N, C, H, W] */) {
+                        scalar_t* y /* [N, C, H, W] */, const Tail tail) {
   using acc = acc_t<scalar_t>;
   COTNET_SHARED_DYNAMIC(memory);
   // Before the first element is room for the barrier of the copies and the column before it, which is read and not used.
@@ -166,7 +166,12 @@ aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weigh
   if (busy) {
     scalar_t* const to = x_first + of_plane * plane + (row - at.first_loaded) * width + column;
     COTNET_UNROLL
-    for (int j = 0; j < kSharers; ++j) write_columns<kVector>(to + j * tile.x_stride, sums[j]);
+    for (int j = 0; j < kSharers; ++j) {
+      const auto finish = tail.of(at.first_channel + of_plane + j * p.weight_channels);
+      COTNET_UNROLL
+      for (int i = 0; i < kTileColumns; ++i) sums[j][i] = finish(sums[j][i]);
+      write_columns<kVector>(to + j * tile.x_stride, sums[j]);
+    }
   }
   copies.ready_to_store();
   for (int j = warp; j < kSharers; j += threads / 32) {
@@ -177,23 +182,23 @@ aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weigh
 }
 
 // True when a tile kernel was launched. raw: the weights before their transformation.
-template <bool kMirrored, class scalar_t, class Weights>
+template <bool kMirrored, class scalar_t, class Weights, class Tail = NoTail>
 bool try_aggregation_tile(const AggregationProblem& p, const Weights& weights, const scalar_t* raw, const scalar_t* x,
-                          scalar_t* y, const DeviceNumbers& numbers, Stream stream) {
+                          scalar_t* y, const DeviceNumbers& numbers, Stream stream, const Tail& tail = {}) {
   if constexpr (sizeof(scalar_t) > 4) {
     return false;
   } else {
     const bool aligned = alignment_of(raw) == 16 && alignment_of(x) == 16 && alignment_of(y) == 16;
     const Tile tile = choose_aggregation_tile(p, sizeof(scalar_t), aligned, {true, kMirrored, false}, numbers);
     if (!tile.possible()) return false;
-    const auto launch = [&](auto* kernel) { launch_kernel(kernel, tile.launch, stream, p, tile, weights, raw, x, y); };
-    if (p.rows.kernel == 7) launch(&aggregation_tile_kernel<scalar_t, Weights, 7, 8, 1, kMirrored>);
-    else if (p.rows.kernel == 5) launch(&aggregation_tile_kernel<scalar_t, Weights, 5, 8, 1, kMirrored>);
-    else if (tile.channels == 2) launch(&aggregation_tile_kernel<scalar_t, Weights, 3, 2, 1, kMirrored>);
-    else if (tile.channels == 4) launch(&aggregation_tile_kernel<scalar_t, Weights, 3, 4, 1, kMirrored>);
-    else if (tile.vector == 4) launch(&aggregation_tile_kernel<scalar_t, Weights, 3, 8, 4, kMirrored>);
-    else if (tile.vector == 2) launch(&aggregation_tile_kernel<scalar_t, Weights, 3, 8, 2, kMirrored>);
-    else launch(&aggregation_tile_kernel<scalar_t, Weights, 3, 8, 1, kMirrored>);
+    const auto launch = [&](auto* kernel) { launch_kernel(kernel, tile.launch, stream, p, tile, weights, raw, x, y, tail); };
+    if (p.rows.kernel == 7) launch(&aggregation_tile_kernel<scalar_t, Weights, 7, 8, 1, kMirrored, Tail>);
+    else if (p.rows.kernel == 5) launch(&aggregation_tile_kernel<scalar_t, Weights, 5, 8, 1, kMirrored, Tail>);
+    else if (tile.channels == 2) launch(&aggregation_tile_kernel<scalar_t, Weights, 3, 2, 1, kMirrored, Tail>);
+    else if (tile.channels == 4) launch(&aggregation_tile_kernel<scalar_t, Weights, 3, 4, 1, kMirrored, Tail>);
+    else if (tile.vector == 4) launch(&aggregation_tile_kernel<scalar_t, Weights, 3, 8, 4, kMirrored, Tail>);
+    else if (tile.vector == 2) launch(&aggregation_tile_kernel<scalar_t, Weights, 3, 8, 2, kMirrored, Tail>);
+    else launch(&aggregation_tile_kernel<scalar_t, Weights, 3, 8, 1, kMirrored, Tail>);
     return true;
   }
 }

@@ -6,6 +6,7 @@
 // writes both gradients, 4. All maps are read and written once.
 #pragma once
 
+#include "cuda/activations.cuh"
 #include "cuda/norm_table.cuh"
 
 namespace cotnet {
@@ -18,17 +19,6 @@ template <class acc>
 COTNET_DEVICE acc relu(acc z) {  // NaN stays NaN
   return z < 0 ? acc(0) : z;
 }
-// 1/(1 + exp(-z)); the exponential is of a number that is not positive.
-template <class acc>
-COTNET_DEVICE acc sigmoid(acc z) {
-  const acc e = fast_exponential(z < 0 ? z : -z), chance = fast_reciprocal(acc(1) + e);
-  return z < 0 ? e * chance : chance;
-}
-template <class acc>
-COTNET_DEVICE acc silu(acc z) {
-  return z * sigmoid(z);
-}
-
 // Sum of s + r.
 struct FusionPool : SweepPass {
   static constexpr int kInputs = 2, kNormRows = 3, kOtherRows = 3, kSums = 1;

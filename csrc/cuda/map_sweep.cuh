@@ -21,6 +21,8 @@ struct SweepPass {
 
 template <class Pass>
 constexpr int kCoefficients = Pass::kNormRows + Pass::kOtherRows + Pass::kImageRows + Pass::kPooledRows;
+template <class Pass>
+constexpr int kCoefficientSlots = kCoefficients<Pass> > 0 ? kCoefficients<Pass> : 1;
 
 template <class scalar_t, class Pass>
 struct SweepMaps {
@@ -224,7 +226,7 @@ sweep_planes_kernel(const SweepMaps<scalar_t, Pass> all /* [N, C, H, W] */, cons
 
   COTNET_UNROLL
   for (int k = 0; k < kItems; ++k) {
-    acc own_coefficients[kAll], sums[kSumSlots<Pass>];
+    acc own_coefficients[kCoefficientSlots<Pass>], sums[kSumSlots<Pass>];
     const auto enter = [&](int row) {
       COTNET_UNROLL
       for (int q = 0; q < kAll; ++q) own_coefficients[q] = coefficients[row * kPitch + q];
@@ -326,7 +328,7 @@ sweep_images_kernel(const SweepMaps<scalar_t, Pass> maps /* [N, H, W, C] */, con
           load_wide_if(tables.template row<Pass>(q, block.image, plan.channels) + channel, channel < plan.channels);
   }
   sync_block();
-  acc coefficients[kVector][kAll], sums[kSumSlots<Pass>][kVector];
+  acc coefficients[kVector][kCoefficientSlots<Pass>], sums[kSumSlots<Pass>][kVector];
   COTNET_UNROLL
   for (int e = 0; e < kVector; ++e) {
     COTNET_UNROLL
