@@ -39,6 +39,19 @@ def group_norm_aggregation(
     return local_aggregation(input, normed.view(weight.shape), **window)
 
 
+def pooled(aggregation: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`group_norm_aggregation_pool` of a group_norm_aggregation and what PyTorch has."""
+
+    def aggregate(input, weight, norm_weight, norm_bias, shift, static, eps, *window):
+        summed = aggregation(
+            input, weight, norm_weight, norm_bias, kernel_size=window[0][0], padding=window[2][0]
+        )
+        output = F.silu(summed + shift.to(summed.dtype)[:, None, None])
+        return output, output.mean((2, 3)) + static.mean((2, 3))
+
+    return aggregate
+
+
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`torch.compile` at its best: one whole graph, for exactly this shape."""
     return torch.compile(function, fullgraph=True, dynamic=False)

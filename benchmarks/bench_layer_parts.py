@@ -1,6 +1,8 @@
 """The operators of fused layers against their definitions in PyTorch and a copy of the same bytes.
 
 Each reads its maps once and writes its results once; `batch_norm_backward` reads its maps twice.
+`group_norm_aggregation_pool`, of a layer for evaluation, is also compared with its parts; its map
+alone is asked for, so that a compiler may leave the means out.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cotnet_ext import _batch_norm, _ops
+import cotnet_ext
+from cotnet_ext import _batch_norm, _ops, reference
 
+from . import baselines
 from .baselines import compiled
 from .comparison import SUBJECT, Comparison, Contender, Function, Options, copy_contender
 from .harness import measure
-from .inputs import Maps
+from .inputs import LAYOUTS, Maps, MapsAndWeights
 from .shapes import Shape
 
 
@@ -29,12 +33,14 @@ class Case:
         maps: it reads, of the size of the feature map.
         written: maps it writes.
         bind: the call with its tables, from the operator or its definition and `table(*sizes)`.
+        weights: whether it reads the weights of windows, too, after the maps.
     """
 
     name: str
     maps: int
     written: int
     bind: Callable[[Function, Callable, Shape], Function]
+    weights: bool = False
 
 
 def _statistics(op: Function, table: Callable, shape: Shape) -> Function:
@@ -66,6 +72,12 @@ def _sums(op: Function, table: Callable, shape: Shape) -> Function:
     return lambda g, y, k: op(g, y, k, table(g, 3, c), table(g, 3, c))
 
 
+def _aggregation_pool(op: Function, table: Callable, shape: Shape) -> Function:
+    c, k, p = shape.channels, shape.kernel_size, shape.padding
+    window = ([k, k], [1, 1], [p, p], [1, 1], "zeros")
+    return lambda x, static, w: op(x, w, None, None, table(x, c), static, 1e-5, *window)[0]
+
+
 CASES = (
     Case("batch_norm_statistics", 1, 0, _statistics),
     Case("batch_norm", 1, 1, _forward),
@@ -73,6 +85,7 @@ CASES = (
     Case("batch_norm_fusion_pool", 2, 0, _pool),
     Case("batch_norm_fusion", 2, 1, _fusion),
     Case("batch_norm_fusion_sums", 3, 0, _sums),
+    Case("group_norm_aggregation_pool", 2, 1, _aggregation_pool, weights=True),
 )
 
 
@@ -87,8 +100,10 @@ def rows(options: Options) -> Iterator[dict]:
 
 
 def _contenders(case: Case, shape: Shape, dtype: torch.dtype, options: Options) -> list[Contender]:
-    maps = case.maps + case.written
-    total = maps * shape.batch * shape.channels * shape.positions * dtype.itemsize
+    channels = shape.channels * (case.maps + case.written)
+    if case.weights:
+        channels += shape.weight_channels * shape.taps
+    total = channels * shape.batch * shape.positions * dtype.itemsize
     tables: dict = {}
 
     def table(like: Tensor, *sizes: int) -> Tensor:
@@ -100,10 +115,11 @@ def _contenders(case: Case, shape: Shape, dtype: torch.dtype, options: Options) 
         return tables[sizes, wide]
 
     ours = case.bind(getattr(_ops, case.name), table, shape)
-    definition = case.bind(getattr(_batch_norm, f"defined_{case.name}"), table, shape)
+    definition = case.bind(_definition(case.name), table, shape)
 
     def contender(provider: str, function: Function, layout: str = "contiguous") -> Contender:
-        make = Maps(shape, dtype, layout, options.device, case.maps)
+        maker = MapsAndWeights if case.weights else Maps
+        make = maker(shape, dtype, layout, options.device, case.maps)
         return Contender(provider, function, definition, make, total)
 
     contenders = [
@@ -112,6 +128,18 @@ def _contenders(case: Case, shape: Shape, dtype: torch.dtype, options: Options) 
         copy_contender(total, options.device),
         contender("reference", definition),
     ]
+    to_compile, name = definition, "reference, compiled"
+    if case.weights:
+        shift = case.bind(baselines.pooled(baselines.group_norm_aggregation), table, shape)
+        to_compile, name = shift, "shift, compiled"
+        parts = case.bind(baselines.pooled(cotnet_ext.group_norm_aggregation), table, shape)
+        contenders += [contender("parts", parts, layout) for layout in LAYOUTS]
     if options.compiled and dtype == torch.float32:
-        contenders.append(contender("reference, compiled", compiled(definition)))
+        contenders.append(contender(name, compiled(to_compile)))
     return contenders
+
+
+def _definition(name: str) -> Function:
+    if name == "group_norm_aggregation_pool":
+        return baselines.pooled(reference.group_norm_aggregation)
+    return getattr(_batch_norm, f"defined_{name}")

@@ -36,6 +36,16 @@ class Maker:
         return self.random(sizes, seed, self.layout)
 
 
+    def weights(self, seed: int) -> Tensor:
+        """The weights of windows `[N, 1, C/8, K, H, W]`, made as a layer makes them, a view of the
+        map that a 1x1 convolution wrote. So with channels_last the taps of all weight channels lie
+        side by side at every pixel."""
+        shape = self.shape
+        return self.map(shape.weight_channels * shape.taps, seed).view(
+            shape.batch, 1, shape.weight_channels, shape.taps, shape.size, shape.size
+        )
+
+
 @dataclass(frozen=True)
 class Maps(Maker):
     """`count` maps `[N, C, H, W]`."""
@@ -56,22 +66,23 @@ class MapsAndLogits(Maps):
 
 
 @dataclass(frozen=True)
-class Window(Maker):
-    """A map and the weights of its windows `[N, 1, C/8, K, H, W]`; if asked, norm weight and bias.
+class MapsAndWeights(Maps):
+    """`count` maps, then the weights of windows."""
 
-    The weights are made as a layer makes them, a view of the map that a 1x1 convolution wrote. So
-    with channels_last the taps of all weight channels lie side by side at every pixel.
-    """
+    def __call__(self) -> tuple[Tensor, ...]:
+        return (*super().__call__(), self.weights(seed=self.count))
+
+
+@dataclass(frozen=True)
+class Window(Maker):
+    """A map and the weights of its windows; if asked, norm weight and bias."""
 
     norm: bool = False
 
     def __call__(self) -> tuple[Tensor, ...]:
         shape = self.shape
         values = shape.weight_channels * shape.taps
-        weights = self.map(values, seed=1).view(
-            shape.batch, 1, shape.weight_channels, shape.taps, shape.size, shape.size
-        )
-        inputs = (self.map(shape.channels, seed=0), weights)
+        inputs = (self.map(shape.channels, seed=0), self.weights(seed=1))
         if not self.norm:
             return inputs
         return (*inputs, 1 + 0.1 * self.random([values], seed=2), self.random([values], seed=3))
