@@ -3,6 +3,7 @@
 // cache, for the aggregation; normalising is one multiply-add on the way into a register.
 #include "cpu/stage.h"
 #include "cpu/weights.h"
+#include "cpu/weight_fields.h"
 #include "cpu/window_nchw.h"
 #include "cpu/direct_nchw.h"
 #include "cpu/aggregation_nchw.h"

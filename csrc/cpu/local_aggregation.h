@@ -2,6 +2,7 @@
 // A task is one band of rows of one unit (NCHW) or of one image (NHWC); tasks write disjoint memory.
 #include "cpu/stage.h"
 #include "cpu/weights.h"
+#include "cpu/weight_fields.h"
 #include "cpu/window_nchw.h"
 #include "cpu/direct_nchw.h"
 #include "cpu/aggregation_nchw.h"

@@ -3,6 +3,7 @@
 // where the gradient of the input needs those of neighbouring positions.
 #include "cpu/stage.h"
 #include "cpu/weights.h"
+#include "cpu/weight_fields.h"
 #include "cpu/window_nchw.h"
 #include "cpu/direct_nchw.h"
 #include "cpu/aggregation_nchw.h"
