@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cotnet_ext import modules, reference
+from cotnet_ext._maps import mean_of_sum
 
 # --- the same layer ------------------------------------------------------------------------------
 
@@ -274,7 +275,7 @@ def test_nothing_is_concatenated(name, layout):
 def test_the_gradient_of_the_pooling_is_a_view(layout, dtype):
     x = randn(2, 16, 7, 6, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
     static = x.detach().clone().requires_grad_()
-    mean = modules._mean_of_sum(x, static)
+    mean = mean_of_sum(x, static)
     torch.testing.assert_close(mean, (x + static).mean((2, 3), keepdim=True))
     grad, _ = torch.autograd.grad(mean.sum(), [x, static])
     torch.testing.assert_close(grad, torch.full_like(x, 1 / 42))
@@ -284,7 +285,7 @@ def test_the_gradient_of_the_pooling_is_a_view(layout, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
 def test_the_pooling_of_narrow_maps_stays_in_range(dtype):
     x = torch.full((1, 2, 64, 64), 100.0, dtype=dtype)  # the sum over the map is 409600
-    assert torch.equal(modules._mean_of_sum(x, -x / 2), torch.full((1, 2, 1, 1), 50.0, dtype=dtype))
+    assert torch.equal(mean_of_sum(x, -x / 2), torch.full((1, 2, 1, 1), 50.0, dtype=dtype))
 
 
 @both_layouts

@@ -38,7 +38,7 @@ LAYERS = (
         "_training",
     },
     {"functional", "_fusable", "_layer_steps", "_norm_relu", "_pointwise"},
-    {"_autograd", "_batch_norm", "_layer_parameters", "_plain", "_products"},
+    {"_autograd", "_batch_norm", "_layer_parameters", "_maps", "_plain", "_products"},
     {"_ops"},
     {"_checks"},
     {"_C", "_files", "_version"},

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from .. import modules, reference
 from .._group_norm_aggregation_pool import group_norm_aggregation_pool
+from .._maps import mean_of_sum, swap_blocks
 from ..functional import context_fusion, group_norm_aggregation, spatial_softmax_gate
-from ..modules import _is_plain, _is_plain_pointwise, _mean_of_sum, _swap_blocks
+from ..modules import _is_plain, _is_plain_pointwise
 from .convolution import FusedConv2d, _autocast_enabled, fold, scale_and_shift
 
 
@@ -138,7 +139,7 @@ class FusedContextualLayer(nn.Module):
         bias, shift = (bias.double() * scale).to(dtype), shift.to(dtype)
         self.order_back = None
         if groups == 2 and dim <= NARROW and weight.device.type == "cpu":
-            to_blocks = _swap_blocks(torch.arange(dim).view(1, dim, 1, 1), 2, 8).flatten()
+            to_blocks = swap_blocks(torch.arange(dim).view(1, dim, 1, 1), 2, 8).flatten()
             dense = nn.Conv2d(dim, dim, 1, device="meta")
             self.value = fused(dense, _dense(weight)[to_blocks], bias[to_blocks])
             back = torch.eye(dim, dtype=dtype, device=weight.device)[to_blocks.argsort()]
@@ -146,7 +147,7 @@ class FusedContextualLayer(nn.Module):
         else:
             self.value = fused(conv, weight, bias)
             if groups == 2:  # channels of the aggregation come in the order of its blocks
-                shift = _swap_blocks(shift.view(1, dim, 1, 1), 2, 8).flatten()
+                shift = swap_blocks(shift.view(1, dim, 1, 1), 2, 8).flatten()
         self.shift = _constant(shift)
 
         self.norm_weight = _constant(group_norm.weight)
@@ -179,16 +180,16 @@ class FusedContextualLayer(nn.Module):
                 value, weight, *norm, self.eps, kernel_size=self.kernel_size, padding=padding
             )
             dynamic = self.order_back(dynamic)
-            return dynamic, _mean_of_sum(dynamic, static).flatten(1)
+            return dynamic, mean_of_sum(dynamic, static).flatten(1)
         if self.groups == 1:
             return group_norm_aggregation_pool(
                 value, weight, *norm, self.shift, static, self.eps, self.kernel_size
             )
         dynamic, mean = group_norm_aggregation_pool(
-            _swap_blocks(value, 2, 8), weight, *norm, self.shift, None, self.eps, self.kernel_size
+            swap_blocks(value, 2, 8), weight, *norm, self.shift, None, self.eps, self.kernel_size
         )
-        mean = _swap_blocks(mean[..., None, None], 8, 2).flatten(1)
-        return _swap_blocks(dynamic, 8, 2), mean + static.mean((2, 3))
+        mean = swap_blocks(mean[..., None, None], 8, 2).flatten(1)
+        return swap_blocks(dynamic, 8, 2), mean + static.mean((2, 3))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, kernel_size={self.kernel_size}, groups={self.groups}"
