@@ -78,10 +78,17 @@ def trace(module: nn.Module) -> fx.Graph | None:
             why = f"{type(error).__name__}: {error}".partition("\n")[0]
         else:
             if all(node.op != "get_attr" for node in graph.nodes):
-                return graph
+                return _without_annotations(graph)
             why = "it uses tensors of its own"
     log.debug("left %s: %s", type(module).__name__, why)
     return None
+
+
+def _without_annotations(graph: fx.Graph) -> fx.Graph:
+    """Types in signatures are strings in some files, and `torch.fx` pickles no such types."""
+    for node in graph.nodes:
+        node.type = None
+    return graph
 
 
 def _why_not_traceable(module: nn.Module) -> str | None:
