@@ -2,71 +2,40 @@
 #define COTNET_LOOPS "cpu/batch_norm.h"
 #include "cpu/foreach_target.h"
 
+#include "host/batch_norm.h"
+
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
-
-#include "host/checks.h"
-#include "host/dispatch.h"
-#include "host/parallel.h"
+#include "host/cpu_context.h"
 
 namespace cotnet {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_statistics_cpu(const Tensor& input, const std::optional<Tensor>& weight,
-                                                             const std::optional<Tensor>& bias, double eps) {
-  const auto p = map_problem("batch_norm_statistics", {{"input", &input}});
-  const Tensor x = map_in_layout(input, p.channels_last);
-  const auto gamma = optional_table("weight", weight, input, {p.channels});
-  const auto beta = optional_table("bias", bias, input, {p.channels});
-  const auto table = [&](const Sizes& sizes) { return empty_vector(input, sizes, acc_dtype(input)); };
-  const Tensor norm = table({3, p.channels}), factor = table({p.channels}), variance = table({p.channels});
-  dispatch_dtype(x, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    using acc = acc_t<scalar_t>;
-    COTNET_ON_TARGET((norm_statistics), p, data<scalar_t>(x), gamma ? data<acc>(*gamma) : nullptr,
-                     beta ? data<acc>(*beta) : nullptr, eps, mutable_data<acc>(norm), mutable_data<acc>(factor),
-                     mutable_data<acc>(variance), Parallel{});
-  });
-  return {norm, factor, variance};
-}
+struct Cpu : CpuContext {
+  using CpuContext::CpuContext;
 
-Tensor batch_norm_cpu(const Tensor& input, const Tensor& norm, bool relu) {
-  const auto p = map_problem("batch_norm", {{"input", &input}});
-  const Tensor table = channel_table("norm", norm, input, {3, p.channels});
-  const Tensor x = map_in_layout(input, p.channels_last);
-  const Tensor y = empty_like_map(input, p);
-  dispatch_dtype(x, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    COTNET_ON_TARGET((norm_forward), p, data<scalar_t>(x), data<acc_t<scalar_t>>(table), relu, mutable_data<scalar_t>(y),
-                     Parallel{});
-  });
-  return y;
-}
+  template <class... Operands>
+  void statistics(const Operands&... operands) const {
+    COTNET_ON_TARGET((norm_statistics), operands..., parallel);
+  }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_backward_cpu(const Tensor& grad, const Tensor& input, const Tensor& norm,
-                                                           const Tensor& factor, bool relu, bool batch) {
-  const auto p = map_problem("batch_norm_backward", {{"input", &input}, {"grad", &grad}});
-  const Tensor table = channel_table("norm", norm, input, {3, p.channels});
-  const Tensor factors = channel_table("factor", factor, input, {p.channels});
-  const Tensor g = map_in_layout(grad, p.channels_last), x = map_in_layout(input, p.channels_last);
-  const Tensor grad_input = empty_like_map(input, p);
-  const Tensor grad_weight = empty_vector(input, {p.channels}, acc_dtype(input));
-  const Tensor grad_bias = empty_vector(input, {p.channels}, acc_dtype(input));
-  dispatch_dtype(x, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    using acc = acc_t<scalar_t>;
-    COTNET_ON_TARGET((norm_backward), p, data<scalar_t>(g), data<scalar_t>(x), {data<acc>(table), data<acc>(factors), batch}, relu,
-                     mutable_data<scalar_t>(grad_input), mutable_data<acc>(grad_weight), mutable_data<acc>(grad_bias), Parallel{});
-  });
-  return {grad_input, grad_weight, grad_bias};
-}
+  template <class... Operands>
+  void forward(const Operands&... operands) const {
+    COTNET_ON_TARGET((norm_forward), operands..., parallel);
+  }
+
+  template <class... Operands>
+  void backward(const Operands&... operands) const {
+    COTNET_ON_TARGET((norm_backward), operands..., parallel);
+  }
+};
 
 }  // namespace
 }  // namespace cotnet
 
 STABLE_TORCH_LIBRARY_IMPL(cotnet_ext, CPU, m) {
-  m.impl("batch_norm_statistics", TORCH_BOX(&cotnet::batch_norm_statistics_cpu));
-  m.impl("batch_norm", TORCH_BOX(&cotnet::batch_norm_cpu));
-  m.impl("batch_norm_backward", TORCH_BOX(&cotnet::batch_norm_backward_cpu));
+  using namespace cotnet;
+  m.impl("batch_norm_statistics", TORCH_BOX(&host::batch_norm_statistics<Cpu>));
+  m.impl("batch_norm", TORCH_BOX(&host::batch_norm<Cpu>));
+  m.impl("batch_norm_backward", TORCH_BOX(&host::batch_norm_backward<Cpu>));
 }

@@ -6,12 +6,6 @@
 // Included once per target namespace by foreach_target.h.
 #include "cpu/norm_table.h"
 
-// NaN stays NaN.
-template <class V>
-COTNET_INLINE V rectified(V z) {
-  return z < 0 ? V{} : z;
-}
-
 template <class scalar_t, bool kRelu>
 struct NormForward {
   using acc = acc_t<scalar_t>;
@@ -22,7 +16,7 @@ struct NormForward {
   template <class Vector>
   COTNET_INLINE void operator()(const Vector& vector, int64_t at, const Vec<acc>* norm, Vec<acc>*) const {
     prefetch_ahead(y + at);
-    const Vec<acc> z = (vector.read(x + at) - norm[0]) * norm[1] + norm[2];
+    const Vec<acc> z = normed(vector.read(x + at), norm);
     vector.write(y + at, kRelu ? rectified(z) : z);
   }
 };

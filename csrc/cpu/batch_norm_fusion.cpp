@@ -2,99 +2,46 @@
 #define COTNET_LOOPS "cpu/batch_norm_fusion.h"
 #include "cpu/foreach_target.h"
 
+#include "host/batch_norm_fusion.h"
+
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
-
-#include "host/checks.h"
-#include "host/dispatch.h"
-#include "host/parallel.h"
+#include "host/cpu_context.h"
 
 namespace cotnet {
 namespace {
 
-Tensor batch_norm_fusion_pool_cpu(const Tensor& dynamic, const Tensor& static_context, const Tensor& norm,
-                                  const Tensor& static_norm) {
-  const auto p = map_problem("batch_norm_fusion_pool", {{"dynamic", &dynamic}, {"static", &static_context}});
-  const Tensor table = channel_table("norm", norm, dynamic, {3, p.channels});
-  const Tensor static_table = channel_table("static_norm", static_norm, dynamic, {3, p.channels});
-  const Tensor y0 = map_in_layout(dynamic, p.channels_last), k0 = map_in_layout(static_context, p.channels_last);
-  const Tensor means = empty_vector(dynamic, {p.batch, p.channels}, acc_dtype(dynamic));
-  dispatch_dtype(y0, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    using acc = acc_t<scalar_t>;
-    COTNET_ON_TARGET((fusion_pool), p, data<scalar_t>(y0), data<scalar_t>(k0), data<acc>(table), data<acc>(static_table),
-                     mutable_data<acc>(means), Parallel{});
-  });
-  return means;
-}
+struct Cpu : CpuContext {
+  using CpuContext::CpuContext;
 
-Tensor batch_norm_fusion_cpu(const Tensor& dynamic, const Tensor& static_context, const Tensor& norm, const Tensor& static_norm,
-                             const Tensor& attention) {
-  const auto p = map_problem("batch_norm_fusion", {{"dynamic", &dynamic}, {"static", &static_context}});
-  const Tensor table = channel_table("norm", norm, dynamic, {3, p.channels});
-  const Tensor static_table = channel_table("static_norm", static_norm, dynamic, {3, p.channels});
-  const Tensor chances = channel_table("attention", attention, dynamic, {p.batch, 2, p.channels});
-  const Tensor y0 = map_in_layout(dynamic, p.channels_last), k0 = map_in_layout(static_context, p.channels_last);
-  const Tensor y = empty_like_map(dynamic, p);
-  dispatch_dtype(y0, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    using acc = acc_t<scalar_t>;
-    COTNET_ON_TARGET((fusion_blend), p, data<scalar_t>(y0), data<scalar_t>(k0), data<acc>(table), data<acc>(static_table),
-                     data<acc>(chances), mutable_data<scalar_t>(y), Parallel{});
-  });
-  return y;
-}
+  template <class... Operands>
+  void pool(const Operands&... operands) const {
+    COTNET_ON_TARGET((fusion_pool), operands..., parallel);
+  }
 
-Tensor batch_norm_fusion_sums_cpu(const Tensor& grad, const Tensor& dynamic, const Tensor& static_context, const Tensor& norm,
-                                  const Tensor& static_norm) {
-  const auto p =
-      map_problem("batch_norm_fusion_sums", {{"dynamic", &dynamic}, {"static", &static_context}, {"grad", &grad}});
-  const Tensor table = channel_table("norm", norm, dynamic, {3, p.channels});
-  const Tensor static_table = channel_table("static_norm", static_norm, dynamic, {3, p.channels});
-  const Tensor g = map_in_layout(grad, p.channels_last);
-  const Tensor y0 = map_in_layout(dynamic, p.channels_last), k0 = map_in_layout(static_context, p.channels_last);
-  const Tensor sums = empty_vector(dynamic, {p.batch, 6, p.channels}, acc_dtype(dynamic));
-  dispatch_dtype(y0, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    using acc = acc_t<scalar_t>;
-    COTNET_ON_TARGET((fusion_sums), p, data<scalar_t>(g), data<scalar_t>(y0), data<scalar_t>(k0), data<acc>(table),
-                     data<acc>(static_table), mutable_data<acc>(sums), Parallel{});
-  });
-  return sums;
-}
+  template <class... Operands>
+  void blend(const Operands&... operands) const {
+    COTNET_ON_TARGET((fusion_blend), operands..., parallel);
+  }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_fusion_backward_cpu(const Tensor& grad, const Tensor& dynamic,
-                                                                          const Tensor& norm, const Tensor& factor,
-                                                                          const Tensor& attention, const Tensor& pooled,
-                                                                          const Tensor& sums, bool batch) {
-  const auto p = map_problem("batch_norm_fusion_backward", {{"dynamic", &dynamic}, {"grad", &grad}});
-  const Tensor table = channel_table("norm", norm, dynamic, {3, p.channels});
-  const Tensor factors = channel_table("factor", factor, dynamic, {p.channels});
-  const Tensor chances = channel_table("attention", attention, dynamic, {p.batch, 2, p.channels});
-  const Tensor through_pool = channel_table("pooled", pooled, dynamic, {p.batch, p.channels});
-  const Tensor all_sums = channel_table("sums", sums, dynamic, {p.batch, 6, p.channels});
-  const Tensor g = map_in_layout(grad, p.channels_last), y0 = map_in_layout(dynamic, p.channels_last);
-  const Tensor grad_dynamic = empty_like_map(dynamic, p), grad_static = empty_like_map(dynamic, p);
-  const Tensor grad_weight = empty_vector(dynamic, {p.channels}, acc_dtype(dynamic));
-  const Tensor grad_bias = empty_vector(dynamic, {p.channels}, acc_dtype(dynamic));
-  dispatch_dtype(y0, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    using acc = acc_t<scalar_t>;
-    COTNET_ON_TARGET((fusion_backward), p, data<scalar_t>(g), data<scalar_t>(y0), {data<acc>(table), data<acc>(factors), batch},
-                     data<acc>(chances), data<acc>(through_pool), data<acc>(all_sums), mutable_data<scalar_t>(grad_dynamic),
-                     mutable_data<scalar_t>(grad_static), mutable_data<acc>(grad_weight), mutable_data<acc>(grad_bias),
-                     Parallel{});
-  });
-  return {grad_dynamic, grad_static, grad_weight, grad_bias};
-}
+  template <class... Operands>
+  void sums(const Operands&... operands) const {
+    COTNET_ON_TARGET((fusion_sums), operands..., parallel);
+  }
+
+  template <class... Operands>
+  void backward(const Operands&... operands) const {
+    COTNET_ON_TARGET((fusion_backward), operands..., parallel);
+  }
+};
 
 }  // namespace
 }  // namespace cotnet
 
 STABLE_TORCH_LIBRARY_IMPL(cotnet_ext, CPU, m) {
-  m.impl("batch_norm_fusion_pool", TORCH_BOX(&cotnet::batch_norm_fusion_pool_cpu));
-  m.impl("batch_norm_fusion", TORCH_BOX(&cotnet::batch_norm_fusion_cpu));
-  m.impl("batch_norm_fusion_sums", TORCH_BOX(&cotnet::batch_norm_fusion_sums_cpu));
-  m.impl("batch_norm_fusion_backward", TORCH_BOX(&cotnet::batch_norm_fusion_backward_cpu));
+  using namespace cotnet;
+  m.impl("batch_norm_fusion_pool", TORCH_BOX(&host::batch_norm_fusion_pool<Cpu>));
+  m.impl("batch_norm_fusion", TORCH_BOX(&host::batch_norm_fusion<Cpu>));
+  m.impl("batch_norm_fusion_sums", TORCH_BOX(&host::batch_norm_fusion_sums<Cpu>));
+  m.impl("batch_norm_fusion_backward", TORCH_BOX(&host::batch_norm_fusion_backward<Cpu>));
 }

@@ -6,15 +6,6 @@
 #include "cpu/activations.h"
 #include "cpu/norm_table.h"
 
-template <class V>
-COTNET_INLINE V normed(V x, const V* norm) {
-  return (x - norm[0]) * norm[1] + norm[2];
-}
-template <class V>
-COTNET_INLINE V relu(V z) {
-  return z < 0 ? V{} : z;
-}
-
 // Sum of s + r.
 template <class scalar_t>
 struct FusionPool {
@@ -25,7 +16,7 @@ struct FusionPool {
 
   template <class Vector>
   COTNET_INLINE void operator()(const Vector& vector, int64_t at, const Vec<acc>* norms, Vec<acc>* sum) const {
-    *sum += vector.fresh(silu(normed(vector.read(y0 + at), norms)) + relu(normed(vector.read(k0 + at), norms + 3)));
+    *sum += vector.fresh(silu(normed(vector.read(y0 + at), norms)) + rectified(normed(vector.read(k0 + at), norms + 3)));
   }
 };
 
@@ -40,7 +31,7 @@ struct FusionBlend {
   template <class Vector>
   COTNET_INLINE void operator()(const Vector& vector, int64_t at, const Vec<acc>* norms, Vec<acc>*) const {
     prefetch_ahead(y + at);
-    const Vec<acc> s = silu(normed(vector.read(y0 + at), norms)), r = relu(normed(vector.read(k0 + at), norms + 3));
+    const Vec<acc> s = silu(normed(vector.read(y0 + at), norms)), r = rectified(normed(vector.read(k0 + at), norms + 3));
     vector.write(y + at, norms[6] * s + norms[7] * r);
   }
 };
@@ -61,7 +52,7 @@ struct FusionSums {
     const Vec<acc> z = centred * norms[1] + norms[2], chance = sigmoid(z), s = z * chance;
     const Vec<acc> slope = vector.fresh(chance + s * (1 - chance)), grad_z = vector.fresh(g * slope);
     sums[0] += vector.fresh(g * s);
-    sums[1] += vector.fresh(g * relu(normed(vector.read(k0 + at), norms + 3)));
+    sums[1] += vector.fresh(g * rectified(normed(vector.read(k0 + at), norms + 3)));
     sums[2] += grad_z;
     sums[3] += slope;
     sums[4] += vector.fresh(grad_z * centred);

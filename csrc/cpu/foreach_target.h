@@ -13,6 +13,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "core/norm_table.h"
 #include "core/operands.h"
 #include "core/problem.h"
 #include "core/types.h"

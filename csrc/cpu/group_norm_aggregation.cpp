@@ -6,6 +6,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <vector>
+
 #include "host/cpu_context.h"
 
 namespace cotnet {

@@ -1,23 +1,25 @@
-// Norms as tables of numbers of channels, and how the sums of a backward become one. Included once per target namespace.
+// A norm of vectors and the table of its backward. Included once per target namespace.
 #include "cpu/map_sweep.h"
 
-template <class acc>
-struct NormOf {
-  const acc* table;   // [3, C]: m, a, b
-  const acc* factor;  // [C]: f
-  bool batch;         // whether m and f are the batch's own
-};
+template <class V>
+COTNET_INLINE V normed(V x, const V* norm) {
+  return (x - norm[0]) * norm[1] + norm[2];
+}
+// max(z, 0); NaN stays NaN.
+template <class V>
+COTNET_INLINE V rectified(V z) {
+  return z < 0 ? V{} : z;
+}
 
-// Column c of the table [5, C] for the backward: m, a, b, c, d, from the sums of grad_z and grad_z*(x - m) over the batch. They
-// are also the gradients of bias and, times f, weight.
+// Column c of the table [5, C]: m, a, b, c, d, from the sums of grad_z and grad_z*(x - m) over the batch; with the gradients of
+// weight and bias.
 template <class acc>
 void norm_backward_row(const MapProblem& p, const NormOf<acc>& norm, int64_t c, double grad_z, double with_x, acc* table,
                        acc* grad_weight, acc* grad_bias) {
-  const double factor = double(norm.factor[c]), share = norm.batch ? 1 / double(p.batch * p.plane) : 0;
+  const NormColumn<acc> column(grad_z, with_x, double(norm.factor[c]), norm.share(p));
   for (int row = 0; row < 3; ++row) table[row * p.channels + c] = norm.table[row * p.channels + c];
-  // Given statistics: zero, also where a sum is infinite or no number, so that images stay apart.
-  table[3 * p.channels + c] = norm.batch ? acc(grad_z * share) : acc(0);
-  table[4 * p.channels + c] = norm.batch ? acc(with_x * factor * factor * share) : acc(0);
-  grad_weight[c] = acc(with_x * factor);
-  grad_bias[c] = acc(grad_z);
+  table[3 * p.channels + c] = column.c;
+  table[4 * p.channels + c] = column.d;
+  grad_weight[c] = column.grad_weight;
+  grad_bias[c] = column.grad_bias;
 }

@@ -58,59 +58,27 @@ inline void choose_planes(SweepPlan& plan, const SweepNeeds& needs, int element_
   const int vector = 16 / element_bytes, acc_bytes = std::max(element_bytes, 4), items = needs.items;
   // A vector has elements of two rows at most, but for rows shorter than itself.
   plan.pieces = int(1 + ceil_div(vector - 1, std::min<int64_t>(plan.plane, vector)));
-  const auto room_of = [&](int threads) { return (threads * items - 1) * vector; };  // a range may begin within a vector
-  const auto rows_of = [&](int threads) { return int(std::clamp<int64_t>(room_of(threads) / plan.plane, 1, threads)); };
   // Pieces of sums, then sums of teams, then coefficients of rows.
   const auto bytes_of = [&](int threads, int teams, int rows) {
     return acc_bytes * (needs.sums * (plan.pieces * threads * items + teams) + rows * (needs.coefficients | 1));
   };
+  const auto most_bytes_of = [&](int threads) {
+    const int rows = planes_at_once(plan.plane, vector, threads, items);
+    return bytes_of(threads, std::max(2 * rows, threads / 32), rows);
+  };
   int most = kSweepThreads;
-  while (bytes_of(most, std::max(2 * rows_of(most), most / 32), rows_of(most)) > kSweepBytes) most -= 32;
-  const int64_t room = room_of(most);
-  if (plan.plane <= room) {
-    int64_t rows = rows_of(most);
-    // Blocks that begin at a vector have no vector in part but the last.
-    const int64_t step = vector / std::min<int64_t>(plan.plane & -plan.plane, vector);
-    if (rows > step) rows = rows / step * step;
-    plan.rows_per_block = int(std::min(rows, plan.rows));
-    plan.chunk = plan.plane;
-  } else {
-    // Pieces of one size: what is left over for the last one would keep a block half busy.
-    const int64_t line = 8 * vector;  // 128 bytes
-    const int64_t chunks = ceil_div(plan.plane, room / line * line);
-    plan.chunk = round_up(ceil_div(plan.plane, chunks), line);
-  }
-  plan.chunks = int(ceil_div(plan.plane, plan.chunk));
-  const int64_t used = ceil_div(plan.rows_per_block * plan.chunk, vector) + 1;
-  plan.launch.threads = unsigned(round_up(std::max<int64_t>(ceil_div(used, items), plan.rows_per_block), 32));
-  const int threads = int(plan.launch.threads), rows = plan.rows_per_block;
-  plan.team = std::min(power_of_two_upto(threads / rows), 32);
-  plan.teams_per_row = plan.team < 32 ? 1 : std::max(threads / 32 / rows, 1);
-  plan.units = ceil_div(plan.rows, rows);
-  set_grid(plan.launch, plan.units, plan.chunks);
-  plan.launch.shared_bytes = unsigned(bytes_of(threads, threads / plan.team, rows));
+  while (most_bytes_of(most) > kSweepBytes) most -= 32;
+  share_planes(plan, vector, most, items);
+  const int threads = int(plan.launch.threads);
+  plan.launch.shared_bytes = unsigned(bytes_of(threads, threads / plan.team, plan.rows_per_block));
 }
 
 inline void choose_images(SweepPlan& plan, const SweepNeeds& needs, int element_bytes, const DeviceNumbers& device) {
   const int vector = 16 / element_bytes, acc_bytes = std::max(element_bytes, 4);
-  // A warp reads up to 512 neighbouring bytes; lanes beyond the channels idle.
-  const int64_t across = ceil_div(plan.channels, vector);
-  plan.lanes = power_of_two_from(std::min<int64_t>(across, 32));
-  plan.slabs = int(ceil_div(across, plan.lanes));
-  plan.units = plan.rows / plan.channels * plan.slabs;
   // As many steps as make coefficients and the merging of sums cost little; fewer where that leaves few blocks. Sums of a
   // chunk are written and read again, which costs more than a half empty GPU.
-  const int64_t pixels = kSweepImageThreads / plan.lanes;  // of all threads
   const int64_t wanted = (needs.sums > 0 ? 1 : 8) * int64_t(device.sm_count);
-  int64_t steps = needs.steps;
-  while (steps > needs.batch && plan.units * ceil_div(plan.plane, steps * pixels) < wanted) steps /= 2;
-  const int64_t chunks = ceil_div(plan.plane, steps * pixels);
-  plan.chunk = ceil_div(plan.plane, chunks);
-  plan.chunks = int(ceil_div(plan.plane, plan.chunk));
-  // Fewer threads for small maps, but whole warps.
-  const int64_t rows = std::min<int64_t>(power_of_two_from(ceil_div(plan.chunk, needs.batch)), pixels);
-  plan.launch.threads = unsigned(std::max<int64_t>(rows * plan.lanes, 32));
-  set_grid(plan.launch, plan.units, plan.chunks);
+  share_images(plan, vector, kSweepImageThreads, needs.batch, needs.steps, wanted);
   const int width = plan.lanes * vector, warps = int(plan.launch.threads) / 32;
   plan.launch.shared_bytes = unsigned(acc_bytes * width * (needs.coefficients + needs.sums * warps));
 }
@@ -120,16 +88,10 @@ inline void choose_images(SweepPlan& plan, const SweepNeeds& needs, int element_
 // `aligned`: every map begins at a multiple of 16 bytes.
 inline SweepPlan choose_sweep(const MapProblem& p, const SweepNeeds& needs, int element_bytes, bool aligned,
                               const DeviceNumbers& device) {
-  SweepPlan plan{};
-  plan.rows = p.batch * p.channels;
-  plan.channels = p.channels;
-  plan.plane = p.plane;
-  plan.channels_last = p.channels_last;
-  plan.aligned = aligned && (!p.channels_last || p.channels % (16 / element_bytes) == 0);
-  plan.rows_per_block = plan.pieces = plan.team = plan.teams_per_row = plan.lanes = plan.slabs = 1;
-  if (plan.rows == 0 || plan.plane == 0)
-    plan.launch.grid_x = 0;
-  else if (p.channels_last)
+  auto plan = plan_maps<SweepPlan>(p, element_bytes, aligned);
+  plan.pieces = 1;
+  if (plan.launch.empty()) return plan;
+  if (p.channels_last)
     map_sweep::choose_images(plan, needs, element_bytes, device);
   else
     map_sweep::choose_planes(plan, needs, element_bytes);

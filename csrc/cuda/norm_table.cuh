@@ -1,16 +1,10 @@
-// Norms as tables of numbers of channels, and how the sums of a backward become one.
+// The table of a norm's backward: a kernel that sums up what it is made of.
 #pragma once
 
+#include "core/norm_table.h"
 #include "cuda/map_sweep.cuh"
 
 namespace cotnet {
-
-template <class acc>
-struct NormOf {
-  const acc* table;   // [3, C]: m, a, b
-  const acc* factor;  // [C]: f
-  bool batch;         // whether m and f are the batch's own
-};
 
 // Gradients of weight and bias [C], and the table [5, C] for the backward: m, a, b, c, d.
 template <class acc>
@@ -60,7 +54,7 @@ struct GradSums {
   double grad_z, with_x;
 };
 
-// `terms(part, c)` are those of a part of channel c. share: 1 divided by the elements of a channel, or 0 for given statistics.
+// `terms(part, c)` are those of a part of channel c. share: the norm's.
 template <class acc, class Terms>
 COTNET_KERNEL(kTableThreads, 1)
 norm_table_kernel(const Terms terms, int64_t parts, int64_t channels, const NormOf<acc> norm, double share,
@@ -80,20 +74,19 @@ norm_table_kernel(const Terms terms, int64_t parts, int64_t channels, const Norm
   grad_z = sum_slices(grad_z, memory);
   with_x = sum_slices(with_x, memory + kTableMemory);
   if (place.slice > 0 || c >= channels) return;
-  const double factor = double(load_wide(norm.factor + c));
+  const NormColumn<acc> column(grad_z, with_x, double(load_wide(norm.factor + c)), share);
   for (int row = 0; row < 3; ++row) store_narrow(to.table + row * channels + c, load_wide(norm.table + row * channels + c));
-  // Given statistics: zero, also where a sum is infinite or no number, so that images stay apart.
-  store_narrow(to.table + 3 * channels + c, share > 0 ? acc(grad_z * share) : acc(0));
-  store_narrow(to.table + 4 * channels + c, share > 0 ? acc(with_x * factor * factor * share) : acc(0));
-  store_narrow(to.grad_weight + c, acc(with_x * factor));
-  store_narrow(to.grad_bias + c, acc(grad_z));
+  store_narrow(to.table + 3 * channels + c, column.c);
+  store_narrow(to.table + 4 * channels + c, column.d);
+  store_narrow(to.grad_weight + c, column.grad_weight);
+  store_narrow(to.grad_bias + c, column.grad_bias);
 }
 
 template <class acc, class Terms>
 void launch_norm_table(const MapProblem& p, int64_t parts, const Terms& terms, const NormOf<acc>& norm,
                        const NormGradients<acc>& to, Stream stream) {
-  const double share = norm.batch ? 1 / double(p.batch * p.plane) : 0;
-  launch_kernel(norm_table_kernel<acc, Terms>, choose_tables(p.channels), stream, terms, parts, p.channels, norm, share, to);
+  launch_kernel(norm_table_kernel<acc, Terms>, choose_tables(p.channels), stream, terms, parts, p.channels, norm, norm.share(p),
+                to);
 }
 
 }  // namespace cotnet

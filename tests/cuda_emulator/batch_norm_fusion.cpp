@@ -57,19 +57,9 @@ void backward(const py::tuple& problem, const std::string& dtype, const py::tupl
 }
 
 py::dict describe(const SweepPlan& plan) {
-  py::dict d;
-  d["grid"] = py::make_tuple(plan.launch.grid_x, plan.launch.grid_y, plan.launch.grid_z);
-  d["threads"] = plan.launch.threads;
-  d["shared_bytes"] = plan.launch.shared_bytes;
-  d["rows_per_block"] = plan.rows_per_block;
+  py::dict d = describe_maps(plan);
   d["pieces"] = plan.pieces;
   d["team"] = plan.team;
-  d["teams_per_row"] = plan.teams_per_row;
-  d["lanes"] = plan.lanes;
-  d["slabs"] = plan.slabs;
-  d["units"] = plan.units;
-  d["chunks"] = plan.chunks;
-  d["chunk"] = plan.chunk;
   return d;
 }
 

@@ -83,4 +83,22 @@ inline MapProblem map_problem(const py::tuple& t) {
 // (multiprocessors, arch, bytes of shared memory)
 inline DeviceNumbers device_numbers(const py::tuple& t) { return {t[0].cast<int>(), t[1].cast<int>(), t[2].cast<int>()}; }
 
+// What all plans for maps say.
+template <class Plan>
+py::dict describe_maps(const Plan& plan) {
+  py::dict d;
+  d["grid"] = py::make_tuple(plan.launch.grid_x, plan.launch.grid_y, plan.launch.grid_z);
+  d["threads"] = plan.launch.threads;
+  d["shared_bytes"] = plan.launch.shared_bytes;
+  d["aligned"] = plan.aligned;
+  d["rows_per_block"] = plan.rows_per_block;
+  d["teams_per_row"] = plan.teams_per_row;
+  d["lanes"] = plan.lanes;
+  d["slabs"] = plan.slabs;
+  d["units"] = plan.units;
+  d["chunks"] = plan.chunks;
+  d["chunk"] = plan.chunk;
+  return d;
+}
+
 }  // namespace cotnet::bindings

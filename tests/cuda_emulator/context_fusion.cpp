@@ -1,6 +1,7 @@
 #include "cuda/context_fusion.cuh"
 
 #include "bindings.h"
+#include "scratch.h"
 
 using namespace cotnet;
 using namespace cotnet::bindings;
@@ -8,19 +9,8 @@ using namespace cotnet::bindings;
 namespace {
 
 py::dict describe(const FusionPlan& plan) {
-  py::dict d;
-  d["grid"] = py::make_tuple(plan.launch.grid_x, plan.launch.grid_y, plan.launch.grid_z);
-  d["threads"] = plan.launch.threads;
-  d["shared_bytes"] = plan.launch.shared_bytes;
-  d["aligned"] = plan.aligned;
-  d["rows_per_block"] = plan.rows_per_block;
+  py::dict d = describe_maps(plan);
   d["team"] = plan.team;
-  d["teams_per_row"] = plan.teams_per_row;
-  d["lanes"] = plan.lanes;
-  d["slabs"] = plan.slabs;
-  d["units"] = plan.units;
-  d["chunks"] = plan.chunks;
-  d["chunk"] = plan.chunk;
   d["partial_sums"] = plan.partial_sums();
   return d;
 }
@@ -40,16 +30,14 @@ void backward(const py::tuple& problem, const std::string& dtype, const py::tupl
               const py::object& grad_s, const py::object& grad_logits) {
   dispatch_dtype(dtype, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
-    using acc = acc_t<scalar_t>;
     const bool aligned = are_aligned(
         {in<scalar_t>(grad_y), in<scalar_t>(d), in<scalar_t>(s), out<scalar_t>(grad_d), out<scalar_t>(grad_s)});
     const auto choose = choose_context_fusion_backward;
     const auto plan = choose(map_problem(problem), sizeof(scalar_t), aligned, device_numbers(device));
-    // Poisoned, as the caching allocator hands out memory with anything in it.
-    std::vector<acc> partial(size_t(plan.partial_sums()), std::numeric_limits<acc>::quiet_NaN());
+    const PoisonedScratch<acc_t<scalar_t>> scratch;
     context_fusion_backward_launch(plan, in<scalar_t>(grad_y), in<scalar_t>(d), in<scalar_t>(s), in<scalar_t>(logits),
                                    out<scalar_t>(grad_d), out<scalar_t>(grad_s), out<scalar_t>(grad_logits),
-                                   partial.data(), Stream{});
+                                   scratch(plan.partial_sums()), Stream{});
   });
 }
 

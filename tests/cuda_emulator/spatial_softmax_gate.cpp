@@ -1,33 +1,17 @@
 #include "cuda/spatial_softmax_gate.cuh"
 
 #include "bindings.h"
+#include "scratch.h"
 
 using namespace cotnet;
 using namespace cotnet::bindings;
 
 namespace {
 
-// Poisoned, as the caching allocator hands out memory with anything in it.
-template <class acc>
-std::vector<acc> partial_sums(const GatePlan& plan) {
-  return std::vector<acc>(size_t(plan.partial_sums()), std::numeric_limits<acc>::quiet_NaN());
-}
-
 py::dict describe(const GatePlan& plan) {
-  py::dict d;
+  py::dict d = describe_maps(plan);
   d["path"] = plan.path == GatePath::kTile ? "tile" : plan.path == GatePath::kWhole ? "whole" : "split";
-  d["grid"] = py::make_tuple(plan.launch.grid_x, plan.launch.grid_y, plan.launch.grid_z);
-  d["threads"] = plan.launch.threads;
-  d["shared_bytes"] = plan.launch.shared_bytes;
-  d["aligned"] = plan.aligned;
-  d["rows_per_block"] = plan.rows_per_block;
   d["team"] = 1 << plan.team_shift;
-  d["teams_per_row"] = plan.teams_per_row;
-  d["lanes"] = plan.lanes;
-  d["slabs"] = plan.slabs;
-  d["units"] = plan.units;
-  d["chunks"] = plan.chunks;
-  d["chunk"] = plan.chunk;
   d["kept"] = plan.kept;
   d["partial_sums"] = plan.partial_sums();
   return d;
@@ -40,9 +24,9 @@ void forward(const py::tuple& problem, const std::string& dtype, const py::tuple
     const bool aligned = are_aligned({in<scalar_t>(x), in<scalar_t>(v), in<scalar_t>(s), out<scalar_t>(y)});
     const auto choose = choose_spatial_softmax_gate_forward;
     const auto plan = choose(map_problem(problem), sizeof(scalar_t), aligned, device_numbers(device));
-    auto partial = partial_sums<acc_t<scalar_t>>(plan);
+    const PoisonedScratch<acc_t<scalar_t>> scratch;
     spatial_softmax_gate_forward_launch(plan, in<scalar_t>(x), in<scalar_t>(v), in<scalar_t>(s), out<scalar_t>(y),
-                                        partial.data(), Stream{});
+                                        scratch(plan.partial_sums()), Stream{});
   });
 }
 
@@ -54,9 +38,9 @@ void backward(const py::tuple& problem, const std::string& dtype, const py::tupl
         {in<scalar_t>(grad_y), in<scalar_t>(x), in<scalar_t>(v), out<scalar_t>(grad_x), out<scalar_t>(grad_v)});
     const auto choose = grad_x.is_none() ? choose_spatial_softmax_gate_forward : choose_spatial_softmax_gate_backward;
     const auto plan = choose(map_problem(problem), sizeof(scalar_t), aligned, device_numbers(device));
-    auto partial = partial_sums<acc_t<scalar_t>>(plan);
+    const PoisonedScratch<acc_t<scalar_t>> scratch;
     spatial_softmax_gate_backward_launch(plan, in<scalar_t>(grad_y), in<scalar_t>(x), in<scalar_t>(v), out<scalar_t>(grad_x),
-                                         out<scalar_t>(grad_v), partial.data(), Stream{});
+                                         out<scalar_t>(grad_v), scratch(plan.partial_sums()), Stream{});
   });
 }
 
