@@ -15,8 +15,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, Case, dtype_id
 from cpp_build import cmake_build
+from tolerances import DTYPES
 
 # Names the folder of a module that is built already, with sanitizers perhaps.
 MODULE_FOLDER = "COTNET_CUDA_EMULATED"
@@ -38,6 +39,10 @@ GPUS = {
     "small": SMALL,
     "wide": WIDE,
 }
+
+LAST = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+ALL = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+TWO = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 
 # NumPy has no bfloat16: arrays hold bits, whatever the dtype.
 _BITS = {8: np.int64, 4: np.int32, 2: np.int16}

@@ -128,3 +128,7 @@ def assert_keeps_format(result: torch.Tensor, source: torch.Tensor, name: str) -
         f"{name}: a {list(source.shape)} input with strides {source.stride()} gave a "
         f"{list(result.shape)} result with strides {result.stride()}, expected one of {wanted}"
     )
+
+
+# The two layouts that kernels are written for.
+FORMATS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from cases import Case, randn
 
@@ -208,6 +209,7 @@ FUSION = Function(
     False,
 )
 FUNCTIONS = (LOCAL, SOFTMAX, NORM, GATE, FUSION)
+EACH_FUNCTION = pytest.mark.parametrize("function", FUNCTIONS, ids=str)
 
 
 # --- truth ---------------------------------------------------------------------------------------

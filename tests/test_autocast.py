@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CASES, dtype_id
-from layouts import LAYOUTS
-from oracle import FUNCTIONS, NORM, Function, evaluate, expected
+from layouts import FORMATS, LAYOUTS
+from oracle import EACH_FUNCTION, FUNCTIONS, NORM, Function, evaluate, expected
 from tolerances import assert_same_bits
 from torch.func import grad, jvp, vmap
 
 from cotnet_ext import functional
 
-EACH_FUNCTION = pytest.mark.parametrize("function", FUNCTIONS, ids=str)
 HALVES = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=dtype_id)
 CASE = CASES["odd_9x11"]
 
@@ -30,7 +29,7 @@ def _mixtures(tensors: dict[str, torch.Tensor], half: torch.dtype):
 
 @EACH_FUNCTION
 @HALVES
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@FORMATS
 def test_result_and_gradient_dtypes(function, half, layout, device):
     """The result is half, equals the function of cast arguments; gradients return in each dtype."""
     tensors = {n: LAYOUTS[layout](t) for n, t in _arguments(function, device).items()}

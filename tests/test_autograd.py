@@ -9,13 +9,11 @@ import torch
 from cases import CASES, dtype_id, each
 from checks import as_function, leaves, standard_arguments, weighted_sum
 from operators import mask_position, operator
-from oracle import FUNCTIONS, LOCAL, Function, evaluate, expected
+from oracle import EACH_FUNCTION, FUNCTIONS, LOCAL, Function, evaluate, expected
 from tolerances import DTYPES, check
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cotnet_ext import functional
-
-EACH_FUNCTION = pytest.mark.parametrize("function", FUNCTIONS, ids=str)
 
 
 class OperatorLog(TorchDispatchMode):

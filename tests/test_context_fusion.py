@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import CASES, MAPS, dtype_id, each, randn
 from checks import check_empty_batch, check_values, compare
-from layouts import LAYOUTS, MIXED
+from layouts import FORMATS, LAYOUTS, MIXED
 from oracle import FUSION, evaluate, expectation, expected
 from tolerances import DTYPES
 
@@ -14,7 +14,6 @@ from cotnet_ext import functional
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-FORMATS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
 SOME = tuple(
     CASES[name]

@@ -9,14 +9,11 @@ import pytest
 import torch
 from cases import CASES, EMPTY, FILLED, REPRESENTATIVE, dtype_id, each
 from emulated_aggregations import AGGREGATIONS, check_all, check_schedules, problem, run
-from emulated_maps import GPUS, emulated_kernels, thread_schedules
+from emulated_maps import ALL, GPUS, LAST, TWO, emulated_kernels, thread_schedules
 from oracle import NORM, expected
 from tolerances import DTYPES
 
 kernels, schedules = emulated_kernels, thread_schedules
-LAST = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-ALL = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-TWO = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 FUNCTIONS = pytest.mark.parametrize("function", AGGREGATIONS, ids=str)
 SOME = tuple(CASES[name] for name in ("odd_9x11", "k4_even", "reflect", "heads2", "cw_is_1"))
 

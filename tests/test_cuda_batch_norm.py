@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import dtype_id, randn
-from emulated_maps import GPUS, emulated_kernels, thread_schedules
+from cases import randn
+from emulated_maps import ALL, GPUS, LAST, TWO, emulated_kernels, thread_schedules
 from emulated_norms import OPERATORS, assert_close, known, run, truth_of
 from test_batch_norm import arguments
-from tolerances import DTYPES, assert_same_bits
+from tolerances import assert_same_bits
 
 kernels, schedules = emulated_kernels, thread_schedules
-LAST = pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
-ALL = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-TWO = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 EACH = pytest.mark.parametrize("name", OPERATORS)
 
 # Planes that fill vectors and do not, shorter than a vector, many to a block; slabs with channels

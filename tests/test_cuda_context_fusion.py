@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, Case, dtype_id, each
+from cases import CASES, Case, each
 from emulated_maps import (
+    ALL,
     GPUS,
     H200,
+    LAST,
     ROWS,
     SHORT,
     SLABS,
+    TWO,
     array_of,
     emulated_kernels,
     name_of,
@@ -21,12 +24,9 @@ from emulated_maps import (
     thread_schedules,
 )
 from oracle import FUSION, Expected, Tensors, expectation, expected
-from tolerances import DTYPES, check
+from tolerances import check
 
 kernels, schedules = emulated_kernels, thread_schedules
-LAST = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-ALL = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-TWO = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 GRADIENTS = ("dynamic", "static", "logits")
 SOME = tuple(
     case

@@ -6,15 +6,13 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CASES, dtype_id, each
-from layouts import LAYOUTS
-from oracle import FUNCTIONS, Function, Tensors, evaluate, expected
+from layouts import FORMATS, LAYOUTS
+from oracle import EACH_FUNCTION, Function, Tensors, evaluate, expected
 from test_batch_norm import arguments, in_layout, on_device, outputs
 from tolerances import assert_same_bits
 
 from cotnet_ext import _ops, functional
 
-EACH_FUNCTION = pytest.mark.parametrize("function", FUNCTIONS, ids=str)
-FORMATS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 # A wide map, tiles of several planes, a map that fits no fast path.
 SOME = tuple(CASES[name] for name in ("stage1_64x56x56", "stage4_512x7x7", "odd_9x11"))

@@ -10,8 +10,11 @@ import torch
 from cases import CASES, EMPTY, FILLED, REPRESENTATIVE, Case, dtype_id, each
 from emulated_aggregations import EPS, array, problem
 from emulated_maps import (
+    ALL,
     GPUS,
     H200,
+    LAST,
+    TWO,
     emulated_kernels,
     name_of,
     poisoned,
@@ -24,9 +27,6 @@ from test_group_norm_aggregation_pool import DTYPES, MEANS, OUTPUT, arguments, d
 from tolerances import accumulation_dtype, assert_same_bits
 
 kernels, schedules = emulated_kernels, thread_schedules
-LAST = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-ALL = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-TWO = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 GPU = pytest.mark.parametrize("gpu", [H200, (1, 80, 48 << 10)], ids=["H200", "small"])
 
 

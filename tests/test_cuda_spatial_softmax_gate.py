@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, Case, dtype_id, each
+from cases import CASES, Case, each
 from emulated_maps import (
+    ALL,
     GPUS,
     H200,
+    LAST,
     ROWS,
     SHORT,
     SINGLE,
     SLABS,
     SMALL,
+    TWO,
     WIDE,
     array_of,
     emulated_kernels,
@@ -24,12 +27,9 @@ from emulated_maps import (
     thread_schedules,
 )
 from oracle import GATE, Expected, Tensors, expectation, expected
-from tolerances import DTYPES, check
+from tolerances import check
 
 kernels, schedules = emulated_kernels, thread_schedules
-LAST = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-ALL = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-TWO = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 GRADIENTS = ("logits", "value")
 # One for each way of cutting work that short rows and slabs have, and long rows.
 SOME = tuple(

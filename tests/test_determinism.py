@@ -11,15 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, dtype_id, each
-from layouts import LAYOUTS
-from oracle import FUNCTIONS, evaluate, expected
+from layouts import FORMATS, LAYOUTS
+from oracle import EACH_FUNCTION, evaluate, expected
 from tolerances import DTYPES, assert_same_bits
 
 import cotnet_ext
 from cotnet_ext import functional
 
-EACH_FUNCTION = pytest.mark.parametrize("function", FUNCTIONS, ids=str)
-FORMATS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 # Many slices, few large slices, one slice only, and reductions over batch and map.
 SOME = tuple(
     CASES[name]

@@ -8,15 +8,14 @@ import pytest
 import torch
 from cases import CASES, TINY, Case, dtype_id, each, randn
 from checks import as_function, leaves, standard_arguments, weighted_sum
-from oracle import FUNCTIONS, Function
+from layouts import FORMATS
+from oracle import EACH_FUNCTION, Function
 from tolerances import DTYPES, check
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from cotnet_ext import functional, reference
 
-EACH_FUNCTION = pytest.mark.parametrize("function", FUNCTIONS, ids=str)
-FORMATS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 SOME = tuple(
     CASES[name]
     for name in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CASES, EMPTY, FILLED, REPRESENTATIVE, Case, dtype_id, each, randn
-from layouts import LAYOUTS
+from layouts import FORMATS, LAYOUTS
 from torch.nn import functional as F
 
 from cotnet_ext import _ops, reference
@@ -17,7 +17,6 @@ from cotnet_ext._group_norm_aggregation_pool import group_norm_aggregation_pool
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-FORMATS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 EPS = 1e-5
 NAMES = ("input", "weight", "norm_weight", "norm_bias", "shift", "static")
 

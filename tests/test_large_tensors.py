@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layouts import FORMATS
 
 from cotnet_ext import functional
 
@@ -49,7 +50,7 @@ def _count_up(like: torch.Tensor) -> torch.Tensor:
     return values.view(like.shape).to(HALF)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@FORMATS
 def test_input_plane(layout, device):
     """One map of 2**31 pixels and more, read at a coarse stride down to its last pixel."""
     step, rows, columns = 4096, 17, 9
@@ -97,7 +98,7 @@ def _large_weight(layout: str, device: torch.device) -> tuple[torch.Tensor, torc
     return x, w
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@FORMATS
 def test_weights(layout, device):
     """The last tap of the last position lies beyond 2**31 elements; the centre taps before it."""
     _needs(device, 0.5)

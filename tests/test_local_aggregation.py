@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import CASES, EMPTY, FILLED, REPRESENTATIVE, Case, dtype_id, each, pair, randn
 from checks import check_empty_batch, check_values, compare
-from layouts import LAYOUTS, MIXED
+from layouts import FORMATS, LAYOUTS, MIXED
 from oracle import LOCAL, evaluate, expectation, expected
 from tolerances import DTYPES, check
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 @each(FILLED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@FORMATS
 def test_values_and_gradients(case, dtype, layout, device):
     check_values(LOCAL, case, dtype, device, maps=layout, grad=layout)
 
@@ -58,13 +58,13 @@ def test_layouts(case, dtype, maps, weights, device):
 
 @each(CASES[name] for name in ("odd_9x11", "k2_grows", "heads3", "reflect"))
 @pytest.mark.parametrize("grad", LAYOUTS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@FORMATS
 def test_layouts_of_the_incoming_gradient(case, grad, layout, device):
     check_values(LOCAL, case, torch.float32, device, maps=layout, grad=grad)
 
 
 @each(REPRESENTATIVE)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@FORMATS
 def test_expanded_gradient(case, layout, device):
     """`y.sum().backward()` hands down a gradient of stride 0."""
     known = expected(LOCAL, case, torch.float32)
@@ -93,13 +93,13 @@ def test_expanded_arguments(case, device):
 
 @each(REPRESENTATIVE)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@FORMATS
 def test_half_precision_sums_in_float32(case, dtype, layout, device):
     """Nothing but the last rounding is in half precision, so rounding alone bounds the error."""
     check_values(LOCAL, case, dtype, device, maps=layout, strict=True)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@FORMATS
 def test_float16_partial_sums_may_leave_its_range(layout, device):
     """25 taps of +60000 and 24 of -60000: float16 ends at 65504, the result is 60000."""
     case = CASES["k7"]
@@ -113,7 +113,7 @@ def test_float16_partial_sums_may_leave_its_range(layout, device):
 
 @each(EMPTY)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@FORMATS
 def test_empty_batch(case, dtype, layout, device):
     check_empty_batch(LOCAL, case, dtype, device, layout)
 
@@ -137,7 +137,7 @@ def _taps_inside(case: Case) -> torch.Tensor:
 @each(REPRESENTATIVE)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("where", ["input", "weight", "grad"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@FORMATS
 def test_nonfinite_values_reach_only_their_window(case, poison, where, layout, device):
     """NaN and infinity spread by the formula, never through a neighbour's vector or a border tap.
 
@@ -161,7 +161,7 @@ def test_nonfinite_values_reach_only_their_window(case, poison, where, layout, d
     compare(results, known, LOCAL, where={"weight": inside})
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@FORMATS
 def test_negative_views(layout, device):
     """The imaginary part of a conjugate is a lazily negated view; its sign must not be lost."""
     case = CASES["odd_9x11"]

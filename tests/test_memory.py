@@ -9,15 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, Case, dtype_id, each
-from layouts import LAYOUTS
+from layouts import FORMATS, LAYOUTS
 from operators import COMPUTING, SAMPLES, Sampler, operator, without_grad
-from oracle import FUNCTIONS, GATE, LOCAL, NORM, SOFTMAX, Function, evaluate, expected
+from oracle import (
+    EACH_FUNCTION,
+    GATE,
+    LOCAL,
+    NORM,
+    SOFTMAX,
+    Function,
+    evaluate,
+    expected,
+)
 from torch.profiler import ProfilerActivity, profile
 
 from cotnet_ext import functional
 
-EACH_FUNCTION = pytest.mark.parametrize("function", FUNCTIONS, ids=str)
-FORMATS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 SOME = tuple(CASES[name] for name in ("stage4_512x7x7", "odd_9x11", "heads2", "stride2", "reflect"))
 
 # --- saved for backward --------------------------------------------------------------------------

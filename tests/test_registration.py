@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 from cases import CASES, Case, dtype_id, each, randn
-from layouts import LAYOUTS
+from layouts import FORMATS, LAYOUTS
 from operators import COMPUTING, OPERATORS, SAMPLES, Sampler, mask_position, operator, without_grad
-from oracle import FUNCTIONS, NORM, Function, expected
+from oracle import EACH_FUNCTION, FUNCTIONS, NORM, Function, expected
 from tolerances import DTYPES, assert_same_bits, check
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, jvp, vjp, vmap
@@ -18,7 +18,6 @@ from torch.library import opcheck
 from cotnet_ext import functional
 
 EACH_OPERATOR = pytest.mark.parametrize("name", COMPUTING)
-EACH_FUNCTION = pytest.mark.parametrize("function", FUNCTIONS, ids=str)
 EACH_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 
 
@@ -195,7 +194,7 @@ def test_functions_on_the_meta_device(function):
 
 
 @EACH_OPERATOR
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@FORMATS
 @each([CASES["tiny_k3"], CASES["tiny_k2_stride2x1"], CASES["tiny_reflect"]])
 def test_direct_calls_keep_gradients(name, case, layout, device):
     """`torch.ops.cotnet_ext.*` called by hand is differentiable, and rightly so."""

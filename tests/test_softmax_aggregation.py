@@ -6,15 +6,13 @@ import pytest
 import torch
 from cases import CASES, EMPTY, FILLED, REPRESENTATIVE, Case, dtype_id, each, generator, randn
 from checks import check_empty_batch, check_values, compare
-from layouts import LAYOUTS, MIXED
+from layouts import FORMATS, LAYOUTS, MIXED
 from oracle import SOFTMAX, Tensors, evaluate, expectation, expected
 from tolerances import DTYPES, check
 
 from cotnet_ext import functional
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-FORMATS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 
 
 @each(FILLED)
