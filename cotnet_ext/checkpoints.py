@@ -138,7 +138,8 @@ def _read_torch(path: Path) -> Any:
         raise CheckpointError(
             f"{_name(path)} needs {needed[1]} of Python to be opened, which could run any code and "
             "is not done here. If you trust the file, save its weights alone: "
-            "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+            "c = torch.load(FILE, weights_only=False), then torch.save(c['state_dict'], NEW), or "
+            "torch.save(c.state_dict(), NEW) if c is a model"
         )
     reason = text.strip().splitlines()[-1 if "WeightsUnpickler" in text else 0] if text else ""
     raise CheckpointError(
