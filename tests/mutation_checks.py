@@ -12,6 +12,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -38,13 +39,17 @@ def schedules() -> Iterator[str]:
 
 
 # Two planes in the last block where others have more, strips, channels in two turns, bulk copies of
-# these, large windows, maps without tiles, and a channels_last one.
+# these, large windows, maps without tiles; channels_last ones, of small windows and of large.
 NAMES = ("tile_7x7", "tile_31x41", "tile_14x14", "large_9x11_k5")
-IMAGE = tiled("image_19x37", 1, 12, 2, 19, 37)
+LAST = (
+    tiled("image_19x37", 1, 12, 2, 19, 37),
+    replace(tiled("pixels_7x9", 1, 4, 8, 7, 9), kernel_size=5, padding=2),
+    replace(tiled("pixels_9x8", 1, 4, 16, 9, 8), kernel_size=5, padding=2, stride=2),
+)
 AGGREGATIONS = (
     *(case for case in TILES + WINDOWS if case.name in NAMES),
     tiled("direct_30x40", 1, 2, 8, 30, 40),
-    IMAGE,
+    *LAST,
 )
 
 
@@ -53,7 +58,7 @@ def local_aggregation() -> None:
         for gpu in ("H200", "small"):
             for asked in LOCAL.arguments:
                 check_schedules(
-                    load_kernels(), schedules, LOCAL, case, torch.float32, case is IMAGE,
+                    load_kernels(), schedules, LOCAL, case, torch.float32, case in LAST,
                     gpu=GPUS[gpu], asked={asked}.__contains__,
                 )  # fmt: skip
 
@@ -126,7 +131,7 @@ def batch_norm_fusion() -> None:
 # Each kernel of the aggregation: tiles of several planes, direct, channels_last, and any other.
 POOLED = (
     *((case, False) for case in AGGREGATIONS if case.name in ("tile_7x7", "direct_30x40")),
-    (IMAGE, True),
+    (LAST[0], True),
     (CASES["heads2"], False),
 )
 

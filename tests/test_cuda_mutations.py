@@ -31,6 +31,8 @@ LARGE = "aggregation_tile_large.cuh"
 PLACE = "aggregation_tile_place.cuh"
 IMAGE = "aggregation_image.cuh"
 BOTH = "aggregation_image_backward.cuh"
+PIXELS = "aggregation_pixels.cuh"
+LAST_THREAD = "if (rest >= pixels.threads) return;\n"
 WAIT = "    cp_async_wait<0>();\n"
 BARRIER = "  sync_block();\n"
 READY = "  copies.ready_to_store();\n"
@@ -62,6 +64,11 @@ MUTATIONS = {
     "no barrier after the rows of both": (BOTH, "sync_block();  // these", "// these"),
     "windows put in order too early": (BOTH, "sync_warp();", ""),
     "no barrier after putting in order": (BOTH, f"{BARRIER}    const bool", "    const bool"),
+    "a tap behind the map": (PIXELS, "at < in ? at : -1", "at"),
+    "a tap below the map": (PIXELS, "place < out ? place : -1", "true ? place : -1"),
+    "a step between pixels": (PIXELS, "&& place * stride == at", ""),
+    "pixels beyond the last": (PIXELS, LAST_THREAD, ""),
+    "channels of another chunk": (PIXELS, "chunk * kPixelSharers", "chunk"),
     "no barrier before a row leaves": (BOTH, f"{BARRIER}        COTNET_U", "        COTNET_U"),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@
 #include "cuda/aggregation.cuh"
 #include "cuda/aggregation_direct.cuh"
 #include "cuda/aggregation_image_backward.cuh"
+#include "cuda/aggregation_pixels.cuh"
 #include "cuda/aggregation_tile_backward.cuh"
 #include "cuda/block_sum.cuh"
 #include "cuda/group_norm_aggregation_launch.h"
@@ -92,7 +93,8 @@ void group_norm_aggregation_forward(const AggregationProblem& p, const GroupNorm
   const NormWeights<scalar_t> weights = norm_weights(p, a);
   if (try_aggregation_direct(p, weights, a.w, a.x, y, stream, tail)) return;
   if (try_aggregation_image(p, weights, a.w, a.x, y, numbers, stream, tail)) return;
-  if (!try_aggregation_tile<false>(p, weights, a.w, a.x, y, numbers, stream, tail))
+  if (!try_aggregation_tile<false>(p, weights, a.w, a.x, y, numbers, stream, tail) &&
+      !try_aggregation_pixels<false>(p, weights, a.w, a.x, y, stream, tail))
     launch_aggregation_forward(p, weights, a.x, y, stream, tail);
 }
 
@@ -214,7 +216,8 @@ bool launch_group_norm_sums(const AggregationProblem& p, const NormWeights<scala
   };
   if (grad_x && grad_w && try_both(NormBackward<scalar_t, true>{}, 1)) return true;
   if (grad_x && try_both(NormBackward<scalar_t, false>{}, group_norm_backward_strips(p, sizeof(scalar_t), numbers))) return false;
-  if (grad_x && !try_aggregation_tile<true>(p, weights, weights.raw.w, grad_y, grad_x, numbers, stream))
+  if (grad_x && !try_aggregation_tile<true>(p, weights, weights.raw.w, grad_y, grad_x, numbers, stream) &&
+      !try_aggregation_pixels<true>(p, weights, weights.raw.w, grad_y, grad_x, stream))
     launch_aggregation_grad_input(p, weights, grad_y, grad_x, stream);
   const int strips = group_norm_strips(p, sizeof(scalar_t), numbers);
   const NormSumsSink<scalar_t> sink{weights, strips > 1 ? parts : sums};
@@ -265,7 +268,8 @@ void group_norm_aggregation_backward(const AggregationProblem& p, const GroupNor
   const int64_t units = p.batch * p.heads * p.weight_channels, parameters = p.heads * p.weight_channels * p.taps();
   const NormWeights<scalar_t> weights = norm_weights(p, a);
   if (!grad_w && !grad_gamma && !grad_beta) {
-    if (grad_x && !try_aggregation_tile<true>(p, weights, a.w, grad_y, grad_x, numbers, stream))
+    if (grad_x && !try_aggregation_tile<true>(p, weights, a.w, grad_y, grad_x, numbers, stream) &&
+        !try_aggregation_pixels<true>(p, weights, a.w, grad_y, grad_x, stream))
       launch_aggregation_grad_input(p, weights, grad_y, grad_x, stream);
     return;
   }

@@ -4,6 +4,7 @@
 #include "cuda/aggregation.cuh"
 #include "cuda/aggregation_direct.cuh"
 #include "cuda/aggregation_image_backward.cuh"
+#include "cuda/aggregation_pixels.cuh"
 #include "cuda/aggregation_tile_backward.cuh"
 
 namespace cotnet {
@@ -16,6 +17,7 @@ void softmax_aggregation_forward(const AggregationProblem& p, const scalar_t* x 
   if (try_aggregation_direct(p, weights, logits, x, y, stream)) return;
   if (try_aggregation_image(p, weights, logits, x, y, numbers, stream)) return;
   if (try_aggregation_tile<false>(p, weights, logits, x, y, numbers, stream)) return;
+  if (try_aggregation_pixels<false>(p, weights, logits, x, y, stream)) return;
   launch_aggregation_forward(p, weights, x, y, stream);
 }
 
@@ -72,7 +74,8 @@ void softmax_aggregation_backward(const AggregationProblem& p, const scalar_t* g
   if (!grad_x && (!grad_logits || done)) return;
   launch_kernel(softmax_normaliser_kernel<scalar_t>, cover(softmax_scratch(p) / 2), stream, p, SoftmaxWeights<scalar_t>{plain},
                 scratch);
-  if (grad_x && !try_aggregation_tile<true>(p, known, logits, grad_y, grad_x, numbers, stream))
+  if (grad_x && !try_aggregation_tile<true>(p, known, logits, grad_y, grad_x, numbers, stream) &&
+      !try_aggregation_pixels<true>(p, known, logits, grad_y, grad_x, stream))
     launch_aggregation_grad_input(p, known, grad_y, grad_x, stream);
   if (grad_logits && !done)
     launch_aggregation_grad_weight(p, SoftmaxSink<scalar_t>{known, {grad_logits, plain.strides}}, grad_y, x, stream);

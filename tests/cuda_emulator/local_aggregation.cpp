@@ -35,6 +35,16 @@ COTNET_BINDINGS(m) {
     return py::make_tuple(t.columns, t.rows, t.step, t.column_tiles, t.strips, t.slabs, t.launch.threads, t.launch.grid_x,
                           t.launch.shared_bytes);
   });
+  // (vectors of a pixel, threads that share one, threads with work, blocks) for the output or the gradient of the input, or of
+  // the weights, or None.
+  m.def("choose_aggregation_pixels", [](const py::tuple& problem, int element_bytes, bool aligned,
+                                        const std::string& result) -> py::object {
+    const AggregationProblem p = aggregation_problem(problem);
+    const Pixels pixels = result == "grad_weight" ? choose_aggregation_pixels_grad_weight(p, element_bytes, aligned)
+                                                  : choose_aggregation_pixels(p, element_bytes, aligned, result == "grad_input");
+    if (!pixels.possible()) return py::none();
+    return py::make_tuple(pixels.vectors, pixels.shares, pixels.threads, pixels.launch.grid_x);
+  });
   // (vectors of a row, vectors of a plane, threads with work, blocks), or None.
   m.def("choose_aggregation_direct", [](const py::tuple& problem, int element_bytes, bool aligned) -> py::object {
     const Direct direct =
