@@ -30,6 +30,7 @@ class Budget:
     narrow_stores: int | None = None
     instructions: int | None = None  # in the code, at most: for kernels that are unrolled
     since: int = 0  # the first architecture for which these five hold, such as 90
+    work: bool = False  # a fast path of aggregations: cuda_work.py has a row for it too
 
 
 def registers_for(threads: int, blocks: int) -> int:
@@ -67,6 +68,9 @@ TABLE = registers_for(constant("kTableThreads"), 1)
 NORM = constant("kNormThreads")
 GATE = "spatial_softmax_gate_"
 
+PIXEL = registers_for(constant("kPixelThreads"), 3)
+FAST = {"work": True}
+
 BUDGETS: tuple[Budget, ...] = (
     # Any shape: a value at a time, and as many registers as a block can have. Nothing is spilled.
     Budget("aggregation_(forward|grad_input|grad_weight)_kernel", ANY, "a block must fit"),
@@ -77,19 +81,55 @@ BUDGETS: tuple[Budget, ...] = (
         "three blocks",
         **wide(11, 8),
         narrow_stores=0,
+        **FAST,
     ),  # fmt: skip
     # Runs of a tile come and go in 16 bytes, but for their ends.
-    Budget("aggregation_tile_kernel", registers_for(TILE, 2), "two blocks", **wide(6, 3)),
-    Budget("aggregation_tile_grad_weight_k.*Sums", registers_for(TILE, 2), "two", **wide(2, 0)),
-    Budget("aggregation_tile_grad_weight_kernel", registers_for(TILE, 2), "two", **wide(2, 1)),
+    Budget("aggregation_tile_kernel", registers_for(TILE, 2), "two blocks", **wide(6, 3), **FAST),
+    Budget(
+        "aggregation_tile_grad_weight_k.*Sums", registers_for(TILE, 2), "two", **wide(2, 0), **FAST
+    ),
+    Budget(
+        "aggregation_tile_grad_weight_kernel", registers_for(TILE, 2), "two", **wide(2, 1), **FAST
+    ),
     # channels_last: all moves in 16 bytes, but for numbers of a group norm and sums in double.
-    Budget("aggregation_image_k.*Norm", registers_for(PIXELS, 3), "three blocks", **wide(4, 1)),
-    Budget("aggregation_image_kernel", registers_for(PIXELS, 4), "four", **wide(4, 1), **ONLY_WIDE),
-    Budget("aggregation_image_b.*true", registers_for(PIXELS, 2), "two blocks", **wide(6, 0)),
-    Budget("aggregation_image_b.*Norm", registers_for(BOTH, 2), "two blocks", **wide(6, 2)),
-    Budget("aggregation_image_b", registers_for(BOTH, 2), "two", **wide(6, 2), **ONLY_WIDE),
-    Budget("aggregation_tile_backward_k.*, false>", registers_for(TILE, 2), "two", **wide(8, 3)),
-    Budget("aggregation_tile_backward_kernel", registers_for(TILE, 2), "two blocks", **wide(8, 6)),
+    Budget(
+        "aggregation_image_k.*Norm", registers_for(PIXELS, 3), "three blocks", **wide(4, 1), **FAST
+    ),
+    Budget(
+        "aggregation_image_kernel",
+        registers_for(PIXELS, 4),
+        "four",
+        **wide(4, 1),
+        **ONLY_WIDE,
+        **FAST,
+    ),
+    Budget(
+        "aggregation_image_b.*true", registers_for(PIXELS, 2), "two blocks", **wide(6, 0), **FAST
+    ),
+    Budget("aggregation_image_b.*Norm", registers_for(BOTH, 2), "two blocks", **wide(6, 2), **FAST),
+    Budget("aggregation_image_b", registers_for(BOTH, 2), "two", **wide(6, 2), **ONLY_WIDE, **FAST),
+    Budget(
+        "aggregation_tile_backward_k.*, false>", registers_for(TILE, 2), "two", **wide(8, 3), **FAST
+    ),
+    Budget(
+        "aggregation_tile_backward_kernel",
+        registers_for(TILE, 2),
+        "two blocks",
+        **wide(8, 6),
+        **FAST,
+    ),
+    # Weights in the official order, and numbers of a norm, come element by element.
+    Budget(
+        "aggregation_pixels_kernel", PIXEL, "three blocks", **wide(8, 8), narrow_stores=0, **FAST
+    ),
+    Budget(
+        "aggregation_pixels_grad_weight_k",
+        PIXEL,
+        "three blocks",
+        **wide(6, 5),
+        narrow_loads=0,
+        **FAST,
+    ),
     Budget("softmax_normaliser_kernel", registers_for(constant("kAnyThreads"), 3), "three blocks"),
     Budget("group_norm_image_st", registers_for(NORM, 3), "three", **wide(2, 0), narrow_loads=0),
     Budget("group_norm_statistics_kernel", registers_for(NORM, 3), "three blocks: reads w alone"),

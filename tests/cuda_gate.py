@@ -1,10 +1,12 @@
-"""The gate over compiled CUDA kernels: registers, spills, width of global accesses. Needs no GPU.
+"""The gate over compiled CUDA kernels: registers, spills, width of global accesses, instructions
+for a unit of work. Needs no GPU.
 
     python tests/cuda_gate.py [LIBRARY] [--table]
 
 Reads the machine code in a built library with NVIDIA's disassembler and compares every kernel, for
-every architecture, with its row in `cuda_budgets.py`. By default the library is the installed one,
-which is imported, and must name all architectures of the default list in `build_info()`.
+every architecture, with its row in `cuda_budgets.py`, and fast paths of aggregations with theirs in
+`cuda_work.py`. By default the library is the installed one, which is imported, and must name all
+architectures of the default list in `build_info()`.
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from cuda_budgets import BUDGETS, Budget
+from cuda_instructions import Part, parts_of
+from cuda_work import WORK, Work
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDE = 16  # bytes of the widest access of one thread
@@ -40,6 +45,7 @@ class Kernel:
     stores: Counter = field(default_factory=Counter)
     bulk: int = 0  # copies by the copy engine, which have any size
     instructions: int = 0
+    parts: list[Part] = field(default_factory=list)  # of an aggregation: what runs equally often
 
     def __str__(self) -> str:
         return f"{self.name} for sm_{self.arch}"
@@ -48,9 +54,11 @@ class Kernel:
 # ---- the rule ------------------------------------------------------------------------------------
 
 
-def judge(kernels: Iterable[Kernel], budgets: Iterable[Budget] = BUDGETS) -> list[str]:
+def judge(
+    kernels: Iterable[Kernel], budgets: Iterable[Budget] = BUDGETS, work: Iterable[Work] = WORK
+) -> list[str]:
     """One line for everything that breaks a budget; empty when all is well."""
-    kernels, budgets = list(kernels), list(budgets)
+    kernels, budgets, work = list(kernels), list(budgets), list(work)
     complaints, used = [], set()
     for kernel in kernels:
         row = _row(kernel, budgets)
@@ -59,12 +67,31 @@ def judge(kernels: Iterable[Kernel], budgets: Iterable[Budget] = BUDGETS) -> lis
             continue
         used.add(row.kernel)
         complaints += [f"{kernel}: {what}" for what in _faults(kernel, row)]
-    unused = [row.kernel for row in budgets if row.kernel not in used]
-    return complaints + [f"{pattern}: row in cuda_budgets.py, no kernel" for pattern in unused]
+        if task := _row(kernel, work):
+            used.add(task.kernel)
+            complaints += [f"{kernel}: {what}" for what in _too_much(kernel, task)]
+        elif row.work:
+            complaints.append(f"{kernel}: no row in cuda_work.py")
+    for file, rows in (("cuda_budgets.py", budgets), ("cuda_work.py", work)):
+        unused = [row.kernel for row in rows if row.kernel not in used]
+        complaints += [f"{pattern}: row in {file}, no kernel" for pattern in unused]
+    return complaints
 
 
-def _row(kernel: Kernel, budgets: Iterable[Budget]) -> Budget | None:
-    return next((row for row in budgets if re.search(row.kernel, str(kernel))), None)
+Row = TypeVar("Row", Budget, Work)
+
+
+def _row(kernel: Kernel, rows: Iterable[Row]) -> Row | None:
+    return next((row for row in rows if re.search(row.kernel, str(kernel))), None)
+
+
+def _too_much(kernel: Kernel, work: Work) -> Iterator[str]:
+    if work.turns > 1 and not any(part.sums for part in kernel.parts):
+        yield "no loop of sums"
+    size = 4 if "_kernel<float" in kernel.name else 2
+    found, most = work.per_unit(kernel.parts, size), work.ceiling(size)
+    if found > most:
+        yield f"{found:.0f} instructions for each unit, at most {most:.0f}: {work.why}"
 
 
 def _faults(kernel: Kernel, budget: Budget) -> Iterator[str]:
@@ -152,12 +179,18 @@ def parse_code(text: str) -> dict[str, Kernel]:
     """Global accesses and instructions out of what `nvdisasm -c` prints, by mangled name."""
     arch = int(re.search(r"^\s*\.target\s+sm_(\d+)", text, re.MULTILINE).group(1))
     kernels: dict[str, Kernel] = {}
+    lines: dict[str, list[str]] = {}
     current = None
     for line in text.splitlines():
         if section := SECTION.match(line):
             current = kernels.setdefault(section.group(1), Kernel(section.group(1), arch))
-        elif current and (instruction := INSTRUCTION.match(line)):
-            _count(current, instruction.group(1).split("."))
+        elif current:
+            lines.setdefault(current.name, []).append(line)
+            if instruction := INSTRUCTION.match(line):
+                _count(current, instruction.group(1).split("."))
+    for name, code in lines.items():
+        if "aggregation_" in name:
+            kernels[name].parts = parts_of(code)
     return kernels
 
 

@@ -11,7 +11,13 @@ from dataclasses import replace
 import cuda_gate
 import pytest
 from cuda_budgets import BUDGETS, Budget, registers_for
-from cuda_gate import Kernel, judge
+from cuda_gate import Kernel
+from cuda_instructions import Part, parts_of
+from cuda_work import WORK, Work
+
+
+def judge(kernels, budgets, work=()) -> list[str]:
+    return cuda_gate.judge(kernels, budgets, work)
 
 
 def kernel(name="a_kernel<float>", arch=90, registers=40, stack=0, loads=None, stores=None, bulk=0):
@@ -80,6 +86,98 @@ def test_registers_that_keep_blocks_resident():
 def test_rows_say_why():
     assert all(row.why for row in BUDGETS)
     assert len({row.kernel for row in BUDGETS}) == len(BUDGETS)
+
+
+# A loop that moves 16 bytes; a loop, and in it one of sums with a wait inside; then what full warps
+# never reach: code for divided ones, and a function.
+LOOPS = """
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/              @!P0 EXIT ;
+.L_x_1:
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R11], [R2.64] ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0040*/                   IADD3 R5, R5, 0x1, RZ ;
+.L_x_3:
+"""
+LOOPS += "        /*0050*/                   FFMA R4, R5, R6, R4 ;\n" * 40
+LOOPS += """
+        /*0070*/                   BRA.DIV ~URZ, `(.L_x_6) ;
+        /*0080*/                   NOP ;
+.L_x_4:
+        /*0090*/                   YIELD ;
+        /*00a0*/              @!P2 BRA `(.L_x_4) ;
+        /*00b0*/                   BRA P3, `(.L_x_3) ;
+        /*00c0*/              @!P4 BRA `(.L_x_2) ;
+        /*00d0*/                   MUFU.RCP R4, R5 ;
+        /*00e0*/                   EXIT ;
+.L_x_6:
+        /*00f0*/                   WARPSYNC R4 ;
+        /*0100*/                   BRA `(.L_x_4) ;
+.L_x_7:
+        /*0110*/                   BRA `(.L_x_7) ;
+"""
+
+
+def test_parts_of_code():
+    found = parts_of(LOOPS.splitlines())
+    parts = sorted(found, key=lambda part: part.instructions)
+    assert parts == [
+        Part(2, moves=1),
+        Part(2, walks=True),
+        Part(2, walks=True),
+        Part(4),
+        Part(42, walks=True, sums=True),
+    ]
+
+
+TASK = Work("a_", elements=25, units=4, turns=3)
+PARTS = [Part(4), Part(2, moves=1), Part(2, walks=True), Part(42, walks=True, sums=True)]
+
+
+def test_instructions_of_a_unit():
+    """The loop of sums three times, and the copies as often as 25 elements of 4 units take."""
+    assert TASK.per_unit(PARTS, 2) == (3 * 42 + 4 + 2 + 2 * (25 * 2 * 4 / 16)) / 4
+    walking = replace(TASK, walks=True)
+    assert walking.per_unit(PARTS, 2) == (3 * 42 + 2) / 4
+    versions = [*PARTS, Part(30, walks=True, sums=True)]
+    assert TASK.per_unit(versions, 2) == TASK.per_unit(PARTS, 2)
+    assert replace(TASK, loops=2).per_unit(versions, 2) == TASK.per_unit(PARTS, 2) + 3 * 30 / 4
+    pair = replace(walking, threads=2)
+    assert pair.per_unit(PARTS, 2) == (3 * 42 + 2 * 2) / 4
+
+
+def test_a_kernel_with_too_many_instructions_for_a_unit():
+    row = Budget("a_", 64, "", work=True)
+    assert TASK.ceiling(2) == 344 and TASK.ceiling(4) == 688  # of KERNELS: 50 bytes and 100
+    fits = replace(
+        kernel("a_kernel<Half, Silu<float>>"), parts=[Part(3 * 4), Part(4 * 340 // 3, sums=True)]
+    )
+    assert judge([fits], [row], [TASK]) == []
+    over = replace(fits, parts=[*fits.parts, Part(40)])
+    (found,) = judge([over], [row], [TASK])
+    assert found.startswith(
+        "a_kernel<Half, Silu<float>> for sm_90: 353 instructions for each unit, at most 344"
+    )
+    assert judge([replace(over, name="a_kernel<float>")], [row], [TASK]) == []
+    known = replace(TASK, most=353, why="both ways of copying")
+    assert judge([over], [row], [known]) == []
+    (found,) = judge([replace(over, parts=[*over.parts, Part(4)])], [row], [known])
+    assert found.endswith("354 instructions for each unit, at most 353: both ways of copying")
+
+
+def test_a_fast_path_needs_a_row_and_its_loop():
+    row = Budget("a_", 64, "", work=True)
+    assert judge([kernel()], [row]) == ["a_kernel<float> for sm_90: no row in cuda_work.py"]
+    (found,) = judge([kernel()], [row], [TASK])
+    assert found == "a_kernel<float> for sm_90: no loop of sums"
+    found = judge([kernel()], [Budget("a_", 64, "")], [Work("b_", 25, 4)])
+    assert found == ["b_: row in cuda_work.py, no kernel"]
+
+
+def test_rows_of_work_say_why_they_exceed():
+    assert all(row.why for row in WORK if row.most)
+    assert len({row.kernel for row in WORK}) == len(WORK)
 
 
 USAGE = """
