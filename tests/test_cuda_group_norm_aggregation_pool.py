@@ -22,6 +22,7 @@ from emulated_maps import (
     thread_schedules,
 )
 from test_cuda_aggregation_large import WINDOWS
+from test_cuda_aggregation_pixels import WINDOWS as PIXELS
 from test_cuda_aggregations import TILES, tiled
 from test_group_norm_aggregation_pool import DTYPES, MEANS, OUTPUT, arguments, defined
 from tolerances import accumulation_dtype, assert_same_bits
@@ -125,3 +126,10 @@ def test_tiles(kernels, schedules, case, dtype, gpu):
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
 def test_images(kernels, schedules, case, dtype, tap_major, gpu):
     check_schedules(kernels, schedules, case, dtype, True, gpu=gpu, tap_major=tap_major)
+
+
+@each(PIXELS)
+@TWO
+@pytest.mark.parametrize("tap_major", [False, True], ids=["official", "tap_major"])
+def test_windows_pixel_by_pixel(kernels, schedules, case, dtype, tap_major):
+    check_schedules(kernels, schedules, case, dtype, True, tap_major=tap_major)
