@@ -240,8 +240,15 @@ def test_another_number_of_processes_is_said(capsys, tmp_path):
     assert "note: 2 processes before, 1 now" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what", ["cut", "foreign", "weights of another"])
-def test_bad_checkpoints_are_refused(capsys, tmp_path, what):
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("cut", "is damaged; delete it to begin anew"),
+        ("foreign", "is no checkpoint of a training"),
+        ("weights of another", "head.weight"),
+    ],
+)
+def test_bad_checkpoints_are_refused(capsys, tmp_path, what, words):
     train(tmp_path, epochs=1)
     path = tmp_path / "last.pt"
     if what == "cut":
@@ -256,7 +263,7 @@ def test_bad_checkpoints_are_refused(capsys, tmp_path, what):
     error = refusal(
         capsys, *flags(dataclasses.replace(SHORT, out=str(tmp_path), epochs=2, resume=True))
     )
-    assert "--resume" in error and "last.pt" in error
+    assert "--resume" in error and "last.pt" in error and words in error
     assert path.read_bytes() == before
 
 

@@ -31,9 +31,10 @@ def save(content: dict[str, Any], path: Path) -> None:
 def load(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"--resume: cannot read {str(path)!r}: {first}") from None
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise UsageError(f"--resume: cannot read {str(path)!r}: {error.strerror}") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile):
+        raise UsageError(f"--resume: {str(path)!r} is damaged; delete it to begin anew") from None
     if not isinstance(content, dict) or "random_states" not in content:
         raise UsageError(f"--resume: {str(path)!r} is no checkpoint of a training")
     return content
