@@ -272,6 +272,8 @@ def _adapt_classifier(
     name = cfg.get("classifier", "fc")
     key = f"{name}.weight"
     here, there = expected.get(key), tensors.get(key)
+    if here is not None and there is not None and here.dim() != there.dim():
+        return None  # no classifier: reported as of another shape
     if here is None or there is None or here.shape[0] != there.shape[0]:
         dropped = [tensors.pop(f"{name}.{part}", None) for part in ("weight", "bias")]
         if here is None:

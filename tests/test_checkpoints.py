@@ -446,3 +446,10 @@ def test_a_write_that_fails_leaves_the_old_file(monkeypatch, tmp_path):
         write(STATE, path)
     assert path.read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_number_is_no_classifier(network, tmp_path):
+    state = network.state_dict() | {"fc.weight": torch.tensor(1.0)}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"'fc.weight' is \[\], not \[\d+, 2048\]"):
+        create_model("se_cotnetd_50", checkpoint=tmp_path / "w.pth")

@@ -243,7 +243,9 @@ def test_another_number_of_processes_is_said(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("cut", "is damaged; delete it to begin anew"),
+        ("cut", "may be damaged ("),
+        ("half a pickle", "move it away to begin anew"),
+        ("not all of it", "is no checkpoint of a training"),
         ("foreign", "is no checkpoint of a training"),
         ("weights of another", "head.weight"),
     ],
@@ -253,6 +255,10 @@ def test_bad_checkpoints_are_refused(capsys, tmp_path, what, words):
     path = tmp_path / "last.pt"
     if what == "cut":
         path.write_bytes(path.read_bytes()[:5000])
+    elif what == "half a pickle":
+        path.write_bytes(b"\x80\x02.")
+    elif what == "not all of it":
+        torch.save({"state_dict": {}, "random_states": []}, path)
     elif what == "foreign":
         torch.save({"state_dict": {}}, path)
     else:

@@ -7,9 +7,7 @@ the weights stand under the names that timm and the official repository use (`st
 
 from __future__ import annotations
 
-import pickle
 import random
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from cotnet_ext._files import replacing
 from cotnet_ext.cli.command import UsageError
 
 LAST, BEST = "last.pt", "best.pt"
+NEEDED = {"state_dict", "random_states", "options", "epoch", "history"}  # to go on
 
 
 def save(content: dict[str, Any], path: Path) -> None:
@@ -33,9 +32,12 @@ def load(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise UsageError(f"--resume: cannot read {str(path)!r}: {error.strerror}") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile):
-        raise UsageError(f"--resume: {str(path)!r} is damaged; delete it to begin anew") from None
-    if not isinstance(content, dict) or "random_states" not in content:
+    except Exception as error:  # a damaged pickle raises all kinds
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"--resume: {str(path)!r} may be damaged ({first}); move it away to begin anew"
+        ) from None
+    if not isinstance(content, dict) or not content.keys() >= NEEDED:
         raise UsageError(f"--resume: {str(path)!r} is no checkpoint of a training")
     return content
 
