@@ -67,9 +67,13 @@ def child_python(code: str) -> str:
 
 
 def _commit() -> str | None:
-    """The commit of this checkout, with `+changes` when files differ from it; None outside git."""
+    """The commit of this checkout, with `+changes` when files differ from it; None outside git.
+
+    The results of earlier runs decide nothing, and a run writes them as it goes.
+    """
     head = _git("rev-parse", "--short=12", "HEAD")
-    return head and head + ("+changes" if _git("status", "--porcelain", "-uno") else "")
+    changes = _git("status", "--porcelain", "-uno", "--", ".", ":(exclude)benchmarks/results")
+    return head and head + ("+changes" if changes else "")
 
 
 def _git(*arguments: str) -> str | None:

@@ -181,13 +181,16 @@ STAND_INS = {
 
 
 def _unwrap(
-    contents: Any, names: tuple[str, ...]
+    contents: Any, names: tuple[str, ...], around: tuple[Any, ...] = ()
 ) -> tuple[tuple[str, ...], dict[str, Tensor] | None]:
-    """The tensors within nested dicts, and the keys that lead there."""
-    if not isinstance(contents, Mapping):
+    """The tensors within nested dicts, and the keys that lead there.
+
+    `around` are the dicts that hold this one; a file may well hold a dict that holds itself.
+    """
+    if not isinstance(contents, Mapping) or any(contents is outer for outer in around):
         return (), None
     for name in names:
-        parts, tensors = _unwrap(contents.get(name), names)
+        parts, tensors = _unwrap(contents.get(name), names, (*around, contents))
         if tensors is not None:
             return (name, *parts), tensors
     tensors = {

@@ -205,6 +205,14 @@ def test_files_without_weights(tmp_path, contents, words):
         read(tmp_path / "w.pth")
 
 
+def test_a_dict_that_holds_itself(tmp_path):
+    state = {"epoch": 3}
+    state["model"] = {"state_dict": state}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="holds no weights, but a dict of 'epoch', 'model'"):
+        read(tmp_path / "w.pth")
+
+
 def test_files_that_cannot_be_opened(tmp_path):
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "missing.pth")
