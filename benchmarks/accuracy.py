@@ -24,9 +24,9 @@ class Accuracy:
     error: float
     allowed: float
 
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.allowed  # False for nan
+    def within(self, leeway: float = 1.0) -> bool:
+        """Whether no more than `leeway` times what is allowed was lost."""
+        return self.error <= leeway * self.allowed  # False for nan
 
     def __str__(self) -> str:
         return f"relative error {self.error:.2e}, allowed {self.allowed:.2e}"

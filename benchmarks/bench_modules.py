@@ -68,8 +68,13 @@ def _compiles(options: Options) -> bool:
 
 
 def _compiled(eager: Contender) -> Contender:
+    """Inductor sums a channel's pixels one by one where eager PyTorch sums in pairs: of tens of
+    thousands, it loses some times more. That is a peer to beat all the same."""
     return replace(
-        eager, provider=f"{eager.provider}, compiled", function=baselines.compiled(eager.function)
+        eager,
+        provider=f"{eager.provider}, compiled",
+        function=baselines.compiled(eager.function),
+        leeway=10,
     )
 
 

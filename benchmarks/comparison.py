@@ -80,6 +80,7 @@ class Contender:
     reference: Function | None  # the truth, in pure PyTorch; None: nothing to check
     make: InputMaker
     bytes: int | None = None  # see byte_model.py
+    leeway: float = 1.0  # a peer that rounds more is still timed; times of what may be lost
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ Truths = dict[tuple[Function, InputMaker], tuple[Tensors, Tensors]]
 def _examine(entry: _Entry, truths: Truths, options: Options) -> None:
     """Check the result; only a right one is looked at further."""
     entry.accuracy = _check(entry, truths)
-    if entry.accuracy is not None and not entry.accuracy.ok:
+    if entry.accuracy is not None and not entry.accuracy.within(entry.contender.leeway):
         entry.error = f"wrong result: {entry.accuracy}"
         return
     entry.peak_bytes = memory.peak_extra_bytes(entry.next_call(), options.device)

@@ -71,9 +71,12 @@ def contender(function, provider: str = "other", dtype=torch.float32) -> Contend
     return Contender(provider, function, twice, Maps(SHAPE, dtype), bytes=1 << 20)
 
 
-def measured(function, direction: str = "forward", dtype=torch.float32) -> tuple[dict, dict]:
+def measured(
+    function, direction: str = "forward", dtype=torch.float32, leeway: float = 1.0
+) -> tuple[dict, dict]:
     """The rows of a right subject and of `function` beside it."""
-    contenders = [contender(twice, "right", dtype), contender(function, "other", dtype)]
+    other = dataclasses.replace(contender(function, "other", dtype), leeway=leeway)
+    contenders = [contender(twice, "right", dtype), other]
     right, other = measure(Comparison("twice", direction, SHAPE, contenders), FAST)
     return right, other
 
@@ -138,6 +141,17 @@ def test_a_wrong_result_is_an_error_and_is_not_timed():
     assert wrong["error"].startswith("wrong result")
     assert wrong["ms"] is None and wrong["ratio"] is None and wrong["gb_per_s"] is None
     assert right["error"] is None and right["ms"]["p50"] > 0
+
+
+def test_a_peer_with_leeway_may_round_more_but_not_compute_something_else():
+    def off_by(part):
+        return lambda x: twice(x) * (1 + part)
+
+    assert measured(off_by(1e-6))[1]["error"].startswith("wrong result")
+    rough = measured(off_by(1e-6), leeway=10)[1]
+    assert rough["error"] is None and rough["ms"]["p50"] > 0
+    assert rough["accuracy"]["error"] > rough["accuracy"]["allowed"]
+    assert measured(off_by(1e-4), leeway=10)[1]["error"].startswith("wrong result")
 
 
 def test_one_wrong_element_is_seen():
