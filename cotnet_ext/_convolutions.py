@@ -3,7 +3,7 @@ submodules that are as they were made; others are called."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,13 @@ def _is_plain_sequence(module: nn.Module, length: int) -> bool:
 
 def _is_plain_pointwise(module: nn.Module, groups: int | None = None) -> bool:
     """Whether `module` is a 1x1 convolution that may be computed from its parameters."""
+    return _is_plain_sampled(module) and module.stride == (1, 1) and groups in (None, module.groups)
+
+
+def _is_plain_sampled(module: nn.Module) -> bool:
+    """The same, of some of the pixels: with any stride."""
     return (
-        _is_plain(module, nn.Conv2d)
-        and module.kernel_size == (1, 1)
-        and module.stride == (1, 1)
-        and module.padding == (0, 0)
-        and groups in (None, module.groups)
+        _is_plain(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.padding == (0, 0)
     )
 
 
@@ -67,9 +68,12 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)`, with 1x1 convolutions as `pointwise` and BatchNorms folded where allowed."""
     if _is_plain_pointwise(module):
         return _convolve(module, None, x)
-    if not _is_plain(module, nn.Sequential):
-        return module(x)
-    parts = list(module)
+    return run_parts(module, x) if _is_plain(module, nn.Sequential) else module(x)
+
+
+def run_parts(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """What the modules do one after the other, as `_run` does it."""
+    parts = list(modules)
     ours = False  # whether x is a result of this function, which nobody else sees
     while parts:
         part = parts.pop(0)
@@ -80,6 +84,9 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
             rectifies = bool(parts) and _is_plain(parts[0], nn.ReLU)
             x, ours = norm_relu(part, x, rectifies), False
             parts = parts[rectifies:]
+            continue
+        if _is_plain(part, nn.Sequential):
+            x, ours = run_parts(part, x), False
             continue
         if not _is_plain(part, nn.Conv2d) or part.padding_mode != "zeros":
             x, ours = part(x), False
@@ -95,7 +102,9 @@ def _convolve(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, x: Tensor) -> Tensor
     weight, bias = conv.weight, conv.bias
     if norm is not None:
         weight, bias = _fold(norm, weight, bias)
-    if _is_plain_pointwise(conv):
+    if _is_plain_sampled(conv) and (conv.stride == (1, 1) or x.device.type == "cpu"):
+        vertical, horizontal = conv.stride
+        x = x[:, :, ::vertical, ::horizontal] if conv.stride != (1, 1) else x
         return pointwise([x], [weight.flatten(1)], bias, conv.groups)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 

@@ -8,7 +8,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._convolutions import run_parts
+
 EXPANSION = 4  # channels of a block's result over the width that names its stage
+
+
+def follow(fused: bool, x: Tensor, *parts: nn.Module) -> Tensor:
+    """What `parts` do one after the other.
+
+    If `fused`, and where a gradient is recorded, with 1x1 convolutions that copy no map, and a norm
+    and the ReLU behind it as one function. Parts that were replaced or hooked are called.
+    """
+    if fused and _is_recorded(x):
+        return run_parts(parts, x)
+    for part in parts:
+        x = part(x)
+    return x
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Whether a gradient is recorded, and nobody traces the calls of the modules."""
+    return type(x) is Tensor and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class DropPath(nn.Module):
@@ -78,8 +98,9 @@ class SplitAttention(nn.Module):
     Source: Zhang et al., ResNeSt: Split-Attention Networks, arXiv:2004.08955.
     """
 
-    def __init__(self, dim: int, stride: int, dilation: int) -> None:
+    def __init__(self, dim: int, stride: int, dilation: int, fused: bool = True) -> None:
         super().__init__()
+        self.fused = fused
         hidden = max(dim // 4, 32)
         self.conv = nn.Conv2d(dim, dim, 3, stride, dilation, dilation, bias=False)
         self.bn0 = nn.BatchNorm2d(dim)
@@ -90,7 +111,7 @@ class SplitAttention(nn.Module):
         self.fc2 = nn.Conv2d(hidden, dim, 1)
 
     def forward(self, input: Tensor) -> Tensor:
-        y = self.act0(self.bn0(self.conv(input)))
+        y = follow(self.fused, input, self.conv, self.bn0, self.act0)
         pooled = y.mean((2, 3), keepdim=True)
         return y * self.fc2(self.act1(self.bn1(self.fc1(pooled)))).sigmoid()
 
@@ -107,6 +128,8 @@ class Bottleneck(nn.Module):
         pool_before, pool_after: what halves the map around the attention, None where nothing does.
         shortcut: what brings the input to the shape of the result, None where it has it.
         drop_path: the rate of `DropPath` on the branch.
+        fused: whether a training step may be computed otherwise than module by module; see
+            `follow`.
     """
 
     def __init__(
@@ -119,8 +142,10 @@ class Bottleneck(nn.Module):
         pool_after: nn.Module | None,
         shortcut: nn.Module | None,
         drop_path: float,
+        fused: bool = True,
     ) -> None:
         super().__init__()
+        self.fused = fused
         self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = nn.ReLU(inplace=True)
@@ -134,10 +159,10 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut
 
     def forward(self, input: Tensor) -> Tensor:
-        x = self.act1(self.bn1(self.conv1(input)))
+        x = follow(self.fused, input, self.conv1, self.bn1, self.act1)
         x = self.pool_after(self.conv2(self.pool_before(x)))
-        x = self.drop_path(self.bn3(self.conv3(x)))
-        x += input if self.downsample is None else self.downsample(input)
+        x = follow(self.fused, x, self.conv3, self.bn3, self.drop_path)
+        x += input if self.downsample is None else follow(self.fused, input, self.downsample)
         return self.act3(x)
 
 

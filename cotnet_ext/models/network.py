@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .blocks import EXPANSION, BlurPool, Bottleneck, SplitAttention, shortcut
+from .. import modules
+from .blocks import EXPANSION, BlurPool, Bottleneck, SplitAttention, follow, shortcut
 from .features import FeatureInfo
 from .recompute import recompute
 from .table import Variant
@@ -27,7 +28,8 @@ class _Backbone(nn.Module):
 
     Args:
         variant: what to build.
-        layers: `cotnet_ext.modules`, or `cotnet_ext.reference` for the network in plain PyTorch.
+        layers: `cotnet_ext.modules`, or `cotnet_ext.reference` for the network in plain PyTorch,
+            module by module.
         in_chans: channels of the image.
         drop_path_rate: of the last block; it grows linearly from 0 at the first.
         output_stride: 8, 16 or 32. Stages that would go beyond it keep the size of their maps:
@@ -48,6 +50,7 @@ class _Backbone(nn.Module):
         self.variant = variant
         self.pretrained_cfg = self.default_cfg = variant.pretrained_cfg()
         self.in_chans = in_chans
+        self.fused = layers is modules
         self.grad_checkpointing = False
         self.conv1, channels = _stem(variant, in_chans)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -84,7 +87,7 @@ class _Backbone(nn.Module):
         Where nobody asks for them they are not kept: after the stem of some variants the map is
         the largest of all.
         """
-        x = self.act1(self.bn1(self.conv1(images)))
+        x = follow(self.fused, images, self.conv1, self.bn1, self.act1)
         if maps is not None:
             maps.append(x)
         x = self.maxpool(x)
@@ -260,14 +263,14 @@ def _stage(
     """
     planes = PLANES[index]
     width = planes * variant.base_width // 64 * variant.cardinality
-    result = planes * EXPANSION
+    result, fused = planes * EXPANSION, layers is modules
     # Modules draw their random numbers in the order in which they are made: the shortcut is first.
     projection = shortcut(channels, result, stride, dilations[1], variant.split_attention)
     first = _attention(variant, layers, index, 0, width, stride, dilations[0])
-    blocks = [Bottleneck(channels, planes, width, *first, projection, rates[0])]
+    blocks = [Bottleneck(channels, planes, width, *first, projection, rates[0], fused)]
     for block, rate in enumerate(rates[1:], 1):
         attention = _attention(variant, layers, index, block, width, 1, dilations[1])
-        blocks.append(Bottleneck(result, planes, width, *attention, None, rate))
+        blocks.append(Bottleneck(result, planes, width, *attention, None, rate, fused))
     return nn.Sequential(*blocks)
 
 
@@ -285,7 +288,8 @@ def _attention(
     after = BlurPool(width) if blurs else None
     if variant.split_attention and (index < 2 or (index == 2 and block % 2 == 1)):
         steps = 1 if blurs else stride
-        return lambda: SplitAttention(width, steps, dilation), None, after
+        fused = layers is modules
+        return lambda: SplitAttention(width, steps, dilation, fused), None, after
     before = nn.AvgPool2d(3, stride, padding=1) if stride > 1 and not blurs else None
     layer = layers.CotLayer if variant.cardinality == 1 else layers.CoXtLayer
     return lambda: layer(width, kernel_size=3), before, after
