@@ -1,8 +1,9 @@
 """What a wrong kernel must fail: small problems that use every barrier, wait and mask.
 
 Run as a program, this is a server with AddressSanitizer loaded and PyTorch imported: for each line
-"check folder" on its input it tests the module in that folder in a process forked for it, writes
-what that says to the file `log` of the folder, and answers with the exit status.
+"check mutant folder" on its input it tests that mutant of the module in the folder in a process
+forked for it, writes what that says to the file `log<mutant>` of the folder, and answers with the
+exit status.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from cases import CASES, Case
 from emulated_aggregations import check_schedules
 from emulated_maps import GPUS, MODULE_FOLDER, load_kernels, shaped
+from mutants import CHOICE
 from oracle import FUSION, GATE, LOCAL, Function, expected
 from test_cuda_aggregation_large import WINDOWS
 from test_cuda_aggregations import TILES, tiled
@@ -162,13 +164,13 @@ def compute_truth(functions: tuple[Function, ...], cases: tuple[Case, ...]) -> N
             expected(function, case, torch.float32)
 
 
-def check_forked(check: str, folder: Path) -> int:
+def check_forked(check: str, mutant: str, folder: Path) -> int:
     process = os.fork()
     if process == 0:
-        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        log = os.open(folder / f"log{mutant}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        os.environ[MODULE_FOLDER] = str(folder)
+        os.environ |= {MODULE_FOLDER: str(folder), CHOICE: mutant}
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         status = 1
         try:
@@ -189,8 +191,8 @@ def serve() -> None:
     for name, shape in itertools.product(norms.OPERATORS, SWEEPS):
         norms.known(name, shape, torch.float32)
     for line in sys.stdin:
-        check, folder = line.split(maxsplit=1)
-        print(check_forked(check, Path(folder.strip())), flush=True)
+        check, mutant, folder = line.split(maxsplit=2)
+        print(check_forked(check, mutant, Path(folder.strip())), flush=True)
 
 
 if __name__ == "__main__":
