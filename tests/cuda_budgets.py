@@ -91,6 +91,17 @@ BUDGETS: tuple[Budget, ...] = (
     Budget(
         "aggregation_tile_grad_weight_kernel", registers_for(TILE, 2), "two", **wide(2, 1), **FAST
     ),
+    # Of large windows: 28 sums, a row of weights and a row of one channel.
+    Budget(
+        "aggregation_tile_grad_weight_large_k.*Sums",
+        registers_for(TILE, 2),
+        "two",
+        **wide(4, 0),
+        **FAST,
+    ),
+    Budget(
+        "aggregation_tile_grad_weight_large_k", registers_for(TILE, 2), "two", **wide(4, 1), **FAST
+    ),
     # channels_last: all moves in 16 bytes, but for numbers of a group norm and sums in double.
     Budget(
         "aggregation_image_k.*Norm", registers_for(PIXELS, 3), "three blocks", **wide(4, 1), **FAST

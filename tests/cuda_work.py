@@ -122,6 +122,18 @@ def _tiles() -> list[Work]:
             why = COPIES if channels == 8 else NARROW
             elements = forward(9, channels)
             found += rows("tile_grad_weight", name, elements, 4, tuple(ceilings), why, turns=turns)
+    for sink, writes, loops, *most in (  # weights are read and written, or one of these
+        ("PlainTile", 1, 1, (840, 0), (1310, 0)),
+        ("NormTile", 2, 1, (1020, 0), (0, 0)),
+        ("SoftmaxTile", 2, 2, (1630, 0), (2560, 0)),
+        ("NormSums", 1, 1, (860, 0), (1290, 0)),
+    ):
+        for size, ceilings in zip((5, 7), most, strict=True):
+            name, elements = f".*::{sink}Sink.*, {size}>", forward(writes * size * size)
+            found += rows(
+                "tile_grad_weight_large", name, elements, 4, ceilings, LARGE,
+                turns=8 * size, loops=loops,
+            )  # fmt: skip
     for kind, most in {
         "Plain": (920, 0),
         "Softmax": (1460, 1440),

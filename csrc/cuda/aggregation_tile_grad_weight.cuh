@@ -1,105 +1,13 @@
-// The gradient of the weights of 3 x 3 aggregations from tiles in shared memory: grad_w[t][q] is the sum over the channels
+// The gradient of the weights of 3 x 3 aggregations from tiles in shared memory (5 x 5 and 7 x 7:
+// aggregation_tile_grad_weight_large.cuh): grad_w[t][q] is the sum over the channels
 // that share the weight of grad_y[q] * x[q + d_t]. A thread owns four columns of one row of one weight channel: 36 sums, to
 // which the channels come eight, four or two at a time. What becomes of the sums is decided by a sink, which may ask for the
 // weights.
 #pragma once
 
-#include "cuda/aggregation_tile.cuh"
+#include "cuda/aggregation_tile_grad_weight_large.cuh"
 
 namespace cotnet {
-
-// From the gradient d of the weights that were summed with to that of the weights as they are stored. w: the stored ones.
-template <class scalar_t>
-struct PlainTileSink {
-  static constexpr bool kNeedsWeights = false, kSums = false;
-  using acc = acc_t<scalar_t>;
-  COTNET_DEVICE void finish(const WeightPlace&, acc (&)[9][kTileColumns], acc (&)[9][kTileColumns]) const {}
-};
-
-template <class scalar_t>
-struct SoftmaxTileSink {
-  using acc = acc_t<scalar_t>;
-  static constexpr bool kNeedsWeights = true, kSums = false;
-  SoftmaxWeights<scalar_t> weights;
-
-  COTNET_DEVICE void finish(const WeightPlace& at, acc (&w)[9][kTileColumns], acc (&d)[9][kTileColumns]) const {
-    transform(weights, at, w);
-    COTNET_UNROLL
-    for (int i = 0; i < kTileColumns; ++i) {
-      acc mean = 0;
-      COTNET_UNROLL
-      for (int t = 0; t < 9; ++t) mean = fma(w[t][i], d[t][i], mean);
-      COTNET_UNROLL
-      for (int t = 0; t < 9; ++t) d[t][i] = w[t][i] * (d[t][i] - mean);
-    }
-  }
-};
-
-template <class scalar_t>
-struct NormTileSink {
-  using acc = acc_t<scalar_t>;
-  static constexpr bool kNeedsWeights = true, kSums = false;
-  NormWeights<scalar_t> weights;
-  const double* means;  // [N, G*Cw, 2]: of gamma * d and of gamma * d * normalised weight, over the group
-
-  COTNET_DEVICE void finish(const WeightPlace& at, acc (&w)[9][kTileColumns], acc (&d)[9][kTileColumns]) const {
-    const auto window = weights.open(at);
-    const Pack<double, 2> known = load_vec<2>(means + 2 * at.unit());
-    const acc mean = acc(known.at[0]), mean_normed = acc(known.at[1]);
-    COTNET_UNROLL
-    for (int t = 0; t < 9; ++t) {
-      const acc scale = window.scale(t);
-      COTNET_UNROLL
-      for (int i = 0; i < kTileColumns; ++i) {
-        const acc normed = (w[t][i] - window.mean) * window.rstd;
-        d[t][i] = window.rstd * fma(-normed, mean_normed, fma(scale, d[t][i], -mean));
-      }
-    }
-  }
-};
-
-// No gradient, but sums over the map of d and d * normalised weight, which NormTileSink needs the means of.
-template <class scalar_t>
-struct NormSumsSink {
-  using acc = acc_t<scalar_t>;
-  static constexpr bool kNeedsWeights = true, kSums = true;
-  NormWeights<scalar_t> weights;
-  double* sums;  // [strips, N*Cw, 9, 2]
-
-  // parts: [18, busy threads] in shared memory. A thread's four columns, of which the first `stale` are another thread's too.
-  COTNET_DEVICE void add(const WeightPlace& at, const acc (&w)[9][kTileColumns], const acc (&d)[9][kTileColumns], int stale,
-                         acc* parts, int thread, int busy) const {
-    const auto window = weights.open(at);
-    COTNET_UNROLL
-    for (int t = 0; t < 9; ++t) {
-      acc sum = 0, sum_normed = 0;
-      COTNET_UNROLL
-      for (int i = 0; i < kTileColumns; ++i) {
-        if (i < stale) continue;
-        sum += d[t][i];
-        sum_normed = fma(d[t][i], (w[t][i] - window.mean) * window.rstd, sum_normed);
-      }
-      parts[2 * t * busy + thread] = sum;
-      parts[(2 * t + 1) * busy + thread] = sum_normed;
-    }
-  }
-  // Eight threads sum each of the 18 numbers of a plane over its `items` threads, then over each other. totals: [planes, 18] in
-  // shared memory for those who need them in this block, or null.
-  COTNET_DEVICE void reduce(int64_t first_unit, int planes, int items, const acc* parts, int thread, int threads,
-                            double* totals = nullptr) const {
-    for (int first = 0; first < 8 * 18 * planes; first += threads) {
-      const int part = (first + thread) % 8, number = (first + thread) / 8 % 18, of_plane = (first + thread) / (8 * 18);
-      double total = 0;
-      if (of_plane < planes)
-        for (int i = part; i < items; i += 8) total += double(parts[(number * planes + of_plane) * items + i]);
-      for (int distance = 4; distance > 0; distance /= 2) total += shuffle_xor(kAllLanes, total, distance);
-      if (part == 0 && of_plane < planes) {
-        store_vec(sums + (first_unit + of_plane) * 18 + number, Pack<double, 1>{{total}});
-        if (totals) totals[of_plane * 18 + number] = total;
-      }
-    }
-  }
-};
 
 template <class scalar_t, class Sink, int kSharers, int kVector>
 COTNET_KERNEL(kTileThreads, 2)
@@ -211,7 +119,9 @@ bool try_aggregation_tile_grad_weight(const AggregationProblem& p, const Sink& s
     const auto launch = [&](auto* kernel) {
       launch_kernel(kernel, tile.launch, stream, p, tile, sink, raw, grad_y, x, grad_w);
     };
-    if (tile.channels == 2) launch(&aggregation_tile_grad_weight_kernel<scalar_t, Sink, 2, 1>);
+    if (p.rows.kernel == 7) launch(&aggregation_tile_grad_weight_large_kernel<scalar_t, Sink, 7>);
+    else if (p.rows.kernel == 5) launch(&aggregation_tile_grad_weight_large_kernel<scalar_t, Sink, 5>);
+    else if (tile.channels == 2) launch(&aggregation_tile_grad_weight_kernel<scalar_t, Sink, 2, 1>);
     else if (tile.channels == 4) launch(&aggregation_tile_grad_weight_kernel<scalar_t, Sink, 4, 1>);
     else if (tile.vector == 4) launch(&aggregation_tile_grad_weight_kernel<scalar_t, Sink, 8, 4>);
     else if (tile.vector == 2) launch(&aggregation_tile_grad_weight_kernel<scalar_t, Sink, 8, 2>);

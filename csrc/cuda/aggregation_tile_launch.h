@@ -30,13 +30,14 @@ struct Tile {
   int rows = 0;
   int strips = 0;        // of rows of a plane
   int plane_groups = 0;  // of `planes` weight channels
-  int channels = 0;      // that share a weight: kTileChannels, 4 or 2
+  int channels = 0;      // that share a weight: kTileChannels, 4 or 2; or all of them
   int chunks = 0;        // of as many
   int segments = 0;      // of kTileColumns in a row, the last may overlap the one before
   // Elements of shared memory from one channel to the next, of the second map too, and from one tap to the next; and before
   // the second map and the weights.
   int x_stride = 0, second_stride = 0, w_stride = 0;
   int second_start = 0, w_start = 0;
+  int parts_start = 0;  // bytes of shared memory before sums of threads, in the gradient of the weights of large windows
   float per_segment = 0, per_row = 0;  // 1/segments, 1/rows
   int vector = 1;     // columns that are aligned together in every row
   bool bulk = false;  // runs move whole
@@ -51,6 +52,11 @@ struct TileNeeds {
   bool weight_halo = false;  // and of the rows around
   bool second_map = false;   // channels of another map, without the rows around; all channels come to one block by turns
 };
+
+// The gradient of the weights of large windows: bytes of shared memory before the tile, and most channels that share a
+// weight, which come all at once.
+constexpr int kLargeHead = 32;
+constexpr int kLargeSharing = 64;
 
 namespace tile {
 
@@ -78,19 +84,22 @@ inline int channels_of(const AggregationProblem& p) {
 }
 
 // size: rows and columns of the window.
-inline bool allows(const AggregationProblem& p, int element_bytes, int size = 3) {
+inline bool allows_window(const AggregationProblem& p, int element_bytes, int size) {
   const auto plain = [size](const Axis& a) {
     return a.kernel == size && a.stride == 1 && a.padding == size / 2 && a.dilation == 1;
   };
   return plain(p.rows) && plain(p.cols) && !p.reflect && !p.channels_last && p.heads == 1 && p.batch > 0 &&
-         channels_of(p) > 0 && element_bytes <= 4;
+         element_bytes <= 4;
+}
+inline bool allows(const AggregationProblem& p, int element_bytes) {
+  return allows_window(p, element_bytes, 3) && channels_of(p) > 0;
 }
 
 // Larger windows, where eight channels share a weight: one kernel for each size, dtype and kind of weights is what rare
-// windows are worth. Not for the gradient of the weights, whose 25 or 49 sums for each column no thread has registers for.
+// windows are worth. The gradient of the weights has one for any number of channels.
 inline bool allows_large(const AggregationProblem& p, int element_bytes, const TileNeeds& needs) {
-  const bool large = allows(p, element_bytes, 5) || allows(p, element_bytes, 7);
-  return large && channels_of(p) == kTileChannels && !needs.second_map;
+  const bool large = allows_window(p, element_bytes, 5) || allows_window(p, element_bytes, 7);
+  return large && (needs.second_map ? p.sharing() <= kLargeSharing : channels_of(p) == kTileChannels);
 }
 
 // Bytes of shared memory; fills in where its parts are.
@@ -105,6 +114,11 @@ inline int64_t measure(Tile& t, const AggregationProblem& p, int element_bytes, 
   const int64_t w_rows = t.rows + (needs.weight_halo ? halo : 0);
   t.w_stride = int(t.strips > 1 ? distance(w_rows * width, plane, element_bytes) : plane);
   const int64_t w = t.strips > 1 ? p.taps() * t.w_stride : room(p.taps() * t.planes * plane, element_bytes);
+  if (needs.second_map && p.rows.kernel > 3) {
+    // The gradient has a place of its own, that of the weights; and each thread may have two sums for each tap of a row.
+    t.parts_start = int(kLargeHead + whole(t.w_start + w, element_bytes) * element_bytes);
+    return t.parts_start + (needs.weights ? t.planes * t.rows * t.segments * 2 * p.rows.kernel * 4 : 0);
+  }
   int64_t bytes = (t.w_start + (needs.weights ? w : 0)) * element_bytes;
   // The gradient of the weights, or two sums of each thread for each tap, take the place of what was loaded.
   if (needs.second_map) bytes = std::max({bytes, w * element_bytes, t.planes * t.rows * t.segments * 18 * int64_t(4)});
@@ -149,7 +163,8 @@ inline Tile choose_aggregation_tile(const AggregationProblem& p, int element_byt
   const int64_t height = p.rows.out, width = p.cols.out, segments = ceil_div(width, kTileColumns);
   if (!aligned || !(tile::allows(p, element_bytes) || tile::allows_large(p, element_bytes, needs))) return t;
   if (width < kTileColumns || segments > kTileThreads / 2) return t;
-  t.channels = tile::channels_of(p);
+  const bool large_gradient = needs.second_map && p.rows.kernel > 3;
+  t.channels = large_gradient ? int(p.sharing()) : tile::channels_of(p);
   t.segments = int(segments);
   // With few channels shared memory is read little beside what is loaded: element by element serves every width.
   t.vector = t.channels < kTileChannels || p.rows.kernel > 3 ? 1 : width % 4 == 0 ? 4 : width % 2 == 0 ? 2 : 1;

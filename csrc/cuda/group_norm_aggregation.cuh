@@ -195,11 +195,11 @@ struct NormSink {
 template <class scalar_t>
 void launch_group_norm_strips(const AggregationProblem& p, int strips, const double* parts, double* sums, Stream stream) {
   if (strips == 1) return;
-  const int64_t units = p.batch * p.heads * p.weight_channels;
+  const int64_t count = 2 * p.batch * p.heads * p.weight_channels * p.taps();
   Launch launch;
   launch.threads = kNormThreads;
-  launch.grid_x = blocks_for(units * 18, kNormThreads);
-  launch_kernel(group_norm_strips_kernel<acc_t<scalar_t>>, launch, stream, units * 18, strips, parts, sums);
+  launch.grid_x = blocks_for(count, kNormThreads);
+  launch_kernel(group_norm_strips_kernel<acc_t<scalar_t>>, launch, stream, count, strips, parts, sums);
 }
 
 // Sums of d and d * xhat for each tap of each group, [N, G*Cw, K, 2], and grad_x unless it is null. True when grad_w is done as

@@ -52,11 +52,13 @@ COTNET_BINDINGS(m) {
     if (!direct.possible()) return py::none();
     return py::make_tuple(direct.row_vectors, direct.plane_vectors, direct.threads, direct.launch.grid_x);
   });
-  // (planes, rows, strips, threads, bytes of shared memory) of a block and whether its runs move whole, or None.
-  m.def("choose_aggregation_tile", [](const py::tuple& problem, int element_bytes, bool aligned, bool backward,
+  // (planes, rows, strips, threads, bytes of shared memory) of a block and whether its runs move whole, for the output or the
+  // gradient of the input, or of weights that are transformed, or None.
+  m.def("choose_aggregation_tile", [](const py::tuple& problem, int element_bytes, bool aligned, const std::string& result,
                                       const py::tuple& device) -> py::object {
+    const TileNeeds needs{true, result == "grad_input", result == "grad_weight"};
     const Tile tile =
-        choose_aggregation_tile(aggregation_problem(problem), element_bytes, aligned, {true, backward, backward}, device_numbers(device));
+        choose_aggregation_tile(aggregation_problem(problem), element_bytes, aligned, needs, device_numbers(device));
     if (!tile.possible()) return py::none();
     return py::make_tuple(tile.planes, tile.rows, tile.strips, tile.launch.threads, tile.launch.shared_bytes, tile.bulk);
   });
