@@ -35,7 +35,7 @@ from .comparison import (
     inputs_for,
     prepare,
 )
-from .isolation import in_own_process
+from .isolation import in_own_process, keep_what_is_freed
 
 
 def measure(comparison: Comparison, options: Options) -> list[dict]:
@@ -47,6 +47,8 @@ def measure(comparison: Comparison, options: Options) -> list[dict]:
 
 def _measure(comparison: Comparison, options: Options) -> list[dict]:
     torch.compiler.reset()  # every comparison compiles for its own shape
+    if options.own_process and comparison.keep_results:
+        keep_what_is_freed()
     entries = _enter(comparison, options)
     with torch.set_grad_enabled(PASSES[comparison.direction].records):
         for entry in entries:
@@ -188,7 +190,9 @@ def _time_rounds(
             results.append(result)
         return statistics.median(times[1:])
 
-    for _ in _rounds(options.budget_s / 5, 2, options.max_rounds):  # warm up
+    # Warm up, until no result takes memory that this process has never used.
+    calls = len(entries) * (1 + options.turn_calls)
+    for _ in _rounds(options.budget_s / 5, 2 + kept // calls, options.max_rounds):
         for entry in entries:
             turn(entry)
     for _ in _rounds(options.budget_s, options.min_rounds, options.max_rounds):

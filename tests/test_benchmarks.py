@@ -23,6 +23,7 @@ from benchmarks import (
     bench_layer_parts,
     byte_model,
     clocks,
+    environment,
     figures,
     memory,
     official,
@@ -266,6 +267,24 @@ def test_peak_memory_is_the_highest_sum_of_what_is_alive():
         return second, torch.empty(1 << 19, dtype=torch.uint8)
 
     assert memory.peak_extra_bytes(call, "cpu") == 3 << 20
+
+
+SECOND_USE = """
+import resource, torch
+from benchmarks.isolation import keep_what_is_freed
+
+torch.set_num_threads(1)
+keep_what_is_freed()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    [torch.ones(1_000_000) for _ in range(12)]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_what_was_freed_is_used_again_without_page_faults():
+    """48 MB are 11719 pages; without it glibc often takes all of them back."""
+    assert int(environment.child_python(SECOND_USE)) < 2000
 
 
 # ---- figures and report ------------------------------------------------------------------------
