@@ -6,13 +6,15 @@ once, forward and, with the gradient, backward. Only the map before the norm is 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 from torch.nn import functional as F
 
 from . import _ops
-from ._batch_norm import norm_of, uses_batch
+from ._batch_norm import Norm, norm_of, uses_batch
 from ._ops import below_autograd as _run
 from ._plain import is_plain
 
@@ -33,13 +35,19 @@ def can_normalise(module: nn.Module, x: Tensor) -> bool:
 
 
 def _fits(module: nn.BatchNorm2d, x: Tensor) -> bool:
-    given = (module.weight, module.bias, module.running_mean)
     return (
         x.shape[1] == module.num_features
         and x.numel() // max(x.shape[1], 1) > (1 if uses_batch(module) else 0)
-        and all(t is None or t.dtype in (x.dtype, torch.float32) for t in given)
-        and all(t is None or t.device == x.device for t in given)
-        and any(t is not None and t.requires_grad for t in (x, *given[:2]))
+        and suits(module, x)
+        and any(t is not None and t.requires_grad for t in (x, module.weight, module.bias))
+    )
+
+
+def suits(module: nn.BatchNorm2d, x: Tensor) -> bool:
+    """Whether what the module holds is where `x` is, and of its dtype or float32."""
+    given = (module.weight, module.bias, module.running_mean)
+    return all(
+        t is None or t.dtype in (x.dtype, torch.float32) and t.device == x.device for t in given
     )
 
 
@@ -61,7 +69,13 @@ class _NormRelu(Function):
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
         if _ops.must_compose():
-            grads = _composed_gradients(ctx, grad, x, weight, bias)
+
+            def composed(*places):
+                y = composed_norm(ctx.norm, ctx.eps, *places)
+                return y.relu() if ctx.relu else y
+
+            needs = ctx.needs_input_grad[2:]
+            grads = composed_gradients(composed, (x, weight, bias), needs, (grad,))
         else:
             norm = ctx.norm
             grads = _run(
@@ -71,23 +85,25 @@ class _NormRelu(Function):
         return None, None, *(g.to(t.dtype) if need else None for need, g, t in needed)
 
 
-def _composed_gradients(ctx, grad, *tensors) -> tuple[Tensor | None, ...]:
-    """The gradients as functions that can be differentiated again, or mapped over."""
+def composed_gradients(
+    function: Callable, tensors: Sequence[Tensor | None], needs: Sequence[bool], grads: tuple
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a function as functions that can be differentiated again, or mapped over."""
     with torch.enable_grad():
         places = [None if t is None else t.view_as(t) for t in tensors]
-        y = _composed(ctx, *places)
-    needs = ctx.needs_input_grad[2:]
+        results = function(*places)
     wanted = [t for t, need in zip(places, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    found = iter(torch.autograd.grad(results, wanted, grads, create_graph=True))
     return tuple(next(found) if need else None for need in needs)
 
 
-def _composed(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if ctx.norm.batch:
-        y = F.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps)
-    else:
-        mean, _, _ = ctx.norm.table
-        factor = ctx.norm.factor if weight is None else ctx.norm.factor * weight
-        shift = 0 if bias is None else bias[:, None, None]
-        y = ((x - mean[:, None, None]) * factor[:, None, None] + shift).to(x.dtype)
-    return y.relu() if ctx.relu else y
+def composed_norm(
+    norm: Norm, eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """What the module did to `x`, of functions that can be differentiated."""
+    if norm.batch:
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    mean, _, _ = norm.table
+    factor = norm.factor if weight is None else norm.factor * weight
+    shift = 0 if bias is None else bias[:, None, None]
+    return ((x - mean[:, None, None]) * factor[:, None, None] + shift).to(x.dtype)

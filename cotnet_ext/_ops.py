@@ -8,6 +8,7 @@ Fake kernels return what the real ones return, strides included.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -67,19 +68,25 @@ def must_compose() -> bool:
 
 
 def gradient_by_gradient(backward: Callable) -> Callable:
-    """For the ``backward(ctx, grad)`` of a ``Function`` that PyTorch cannot map over: of a batch of
-    gradients (``is_grads_batched``, ``jacobian`` with ``vectorize=True``) it gets one at a time.
+    """For the ``backward(ctx, *grads)`` of a ``Function`` that PyTorch cannot map over: of batches
+    of gradients (``is_grads_batched``, ``jacobian`` with ``vectorize=True``) it gets one at a time.
     ``ctx.once`` says whether there is but one."""
 
     @functools.wraps(backward)
-    def mapped(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.once = not torch._C._functorch.is_legacy_batchedtensor(grad)
+    def mapped(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        batched = [torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads]
+        ctx.once = not any(batched)
         if ctx.once:
-            return backward(ctx, grad)
+            return backward(ctx, *grads)
         level = torch._C._vmapmode_increment_nesting() - 1  # the level that we are at
         torch._C._vmapmode_decrement_nesting()
-        batch = torch._remove_batch_dim(grad, level, 1, 0)
-        results = [backward(ctx, one) for one in batch.unbind()]
+        rows = [
+            torch._remove_batch_dim(grad, level, 1, 0).unbind()
+            if several
+            else itertools.repeat(grad)
+            for grad, several in zip(grads, batched, strict=True)
+        ]
+        results = [backward(ctx, *each) for each in zip(*rows, strict=False)]
         return tuple(
             None if each[0] is None else torch._add_batch_dim(torch.stack(each), 0, level)
             for each in zip(*results, strict=True)

@@ -4,6 +4,7 @@ module, and that nobody can tell."""
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -68,7 +69,7 @@ def nodes(y: Tensor) -> Iterator[str]:
 def seeded_run(made: nn.Module, layout=torch.contiguous_format) -> dict[str, Tensor]:
     """`run`, with the samples that a drop path chooses always the same."""
     torch.manual_seed(3)
-    return run(made, image(made.conv1.weight.dtype), layout)
+    return run(made, image(next(made.parameters()).dtype), layout)
 
 
 # ---- that nobody can tell ------------------------------------------------------------------------
@@ -88,10 +89,17 @@ def test_which_functions_are_recorded(kind):
     ours, theirs = both(kind)
     x = image().requires_grad_()
     names = list(nodes(ours(x)))
-    convolutions = 2 + (kind in ("strided", "averaged"))
-    assert names.count("_Sums") == convolutions
-    assert names.count("_NormRelu") == convolutions + (kind == "averaged")
-    assert not {"_Sums", "_NormRelu", "_Layer"} & set(nodes(theirs(x)))
+    ends = kind in ("plain", "strided")
+    assert (names.count("_Entrance"), names.count("_Exit")) == (ends, ends)
+    assert names.count("_Sums") == {"dropped": 2, "averaged": 3}.get(kind, 0)
+    assert names.count("_NormRelu") == {"dropped": 2, "averaged": 4}.get(kind, 0)
+    assert not {"_Entrance", "_Exit", "_Sums", "_NormRelu", "_Layer"} & set(nodes(theirs(x)))
+
+
+def test_a_drop_path_that_drops_nothing():
+    x = image().requires_grad_()
+    assert "_Exit" in set(nodes(block("dropped", True).eval()(x)))
+    assert "_Exit" not in set(nodes(block("dropped", True)(x)))
 
 
 def test_networks_of_both_kinds():
@@ -150,58 +158,186 @@ def _shared(made: nn.Module) -> None:
     made.downsample[-1] = made.bn3
 
 
-NORMS = ("bn1", "bn3", "downsample.2")
-CONVOLUTIONS = ("conv1", "conv3", "downsample.1")
-CHANGES: dict[str, Callable[[nn.Module], object]] = {
-    **{f"{path} hooked": _hooked(path) for path in (*NORMS, *CONVOLUTIONS, "act1", "downsample")},
-    **{f"{path} pre-hooked": _pre_hooked(path) for path in (*NORMS, *CONVOLUTIONS, "downsample")},
-    **{f"{path} patched": _patched(path) for path in ("bn1", "conv3", "downsample")},
-    **{f"{path} frozen": _frozen(path) for path in NORMS},
-    **{
-        f"{path} a GroupNorm": _swap(path, lambda norm: nn.GroupNorm(2, norm.num_features))
-        for path in NORMS
-    },
-    **{
-        f"{path} cumulative": lambda made, path=path: setattr(
-            made.get_submodule(path), "momentum", None
-        )
-        for path in NORMS
-    },
-    "all norms frozen": _frozen(*NORMS),
-    "a norm without running statistics": _swap(
-        "bn1", lambda norm: nn.BatchNorm2d(norm.num_features, track_running_stats=False)
-    ),
-    "a norm without parameters": _swap(
-        "bn3", lambda norm: nn.BatchNorm2d(norm.num_features, affine=False)
-    ),
-    "another activation": _swap("act1", lambda act: nn.Tanh()),
-    "no activation": _swap("act1", lambda act: nn.Identity()),
-    "conv1 has a bias": _swap("conv1", lambda conv: nn.Conv2d(16, 16, 1)),
-    "conv1 has groups": _swap("conv1", lambda conv: nn.Conv2d(16, 16, 1, groups=2, bias=False)),
-    "conv3 looks around": _swap("conv3", lambda conv: nn.Conv2d(16, 16, 3, padding=1)),
-    "the shortcut strides one way": _swap(
-        "downsample",
-        lambda old: nn.Sequential(
-            nn.Conv2d(16, 16, 1, (2, 1)), nn.AvgPool2d((1, 2), ceil_mode=True), nn.BatchNorm2d(16)
+def _set(path: str, name: str, value: object) -> Callable[[nn.Module], object]:
+    return lambda made: setattr(made.get_submodule(path), name, value)
+
+
+def _without(parameter: str) -> Callable[[nn.Module], object]:
+    path, _, name = parameter.rpartition(".")
+    return lambda made: made.get_submodule(path).register_parameter(name, None)
+
+
+class _Last(nn.Module):
+    """A map in channels_last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+def changes(projection: str, norm: str) -> dict[str, Callable[[nn.Module], object]]:
+    """What may become of a block, by the paths of the convolution and the norm of its shortcut."""
+    norms, convolutions = ("bn1", "bn3", norm), ("conv1", "conv3", projection)
+    every = (*norms, *convolutions, "downsample")
+    return {
+        **{f"{path} hooked": _hooked(path) for path in (*every, "act1", "act3", "drop_path")},
+        **{f"{path} pre-hooked": _pre_hooked(path) for path in every},
+        **{f"{path} patched": _patched(path) for path in ("bn1", "conv3", "downsample", "act3")},
+        **{f"{path} frozen": _frozen(path) for path in norms},
+        **{
+            f"{path} a GroupNorm": _swap(path, lambda norm: nn.GroupNorm(2, norm.num_features))
+            for path in norms
+        },
+        **{f"{path} cumulative": _set(path, "momentum", None) for path in norms},
+        **{f"{path} without a bias": _without(f"{path}.bias") for path in norms},
+        "all norms frozen": _frozen(*norms),
+        "a norm without running statistics": _swap(
+            "bn1", lambda norm: nn.BatchNorm2d(norm.num_features, track_running_stats=False)
         ),
-    ),
-    "conv1 has a weight norm": lambda made: parametrizations.weight_norm(made.conv1),
-    "conv3 is pruned": lambda made: prune.l1_unstructured(made.conv3, "weight", 0.5),
-    "a norm stands in two places": _shared,
-}
+        "a norm without parameters": _swap(
+            "bn3", lambda norm: nn.BatchNorm2d(norm.num_features, affine=False)
+        ),
+        "another activation": _swap("act1", lambda act: nn.Tanh()),
+        "another last activation": _swap("act3", lambda act: nn.Tanh()),
+        "no activation": _swap("act1", lambda act: nn.Identity()),
+        "conv1 has a bias": _swap("conv1", lambda conv: nn.Conv2d(16, 16, 1)),
+        "conv1 has groups": _swap("conv1", lambda conv: nn.Conv2d(16, 16, 1, groups=2, bias=False)),
+        "conv1 becomes Tanh": _swap("conv1", lambda conv: nn.Tanh()),
+        "conv3 looks around": _swap("conv3", lambda conv: nn.Conv2d(16, 16, 3, padding=1)),
+        "the shortcut strides one way": _swap(
+            "downsample",
+            lambda old: nn.Sequential(
+                nn.Conv2d(16, 16, 1, (2, 1)),
+                nn.AvgPool2d((1, 2), ceil_mode=old[0].kernel_size != (1, 1)),
+                nn.BatchNorm2d(16),
+            ),
+        ),
+        "the shortcut looks around": _swap(
+            projection, lambda conv: nn.Conv2d(16, 16, 3, conv.stride, 1, bias=False)
+        ),
+        "the attention leaves channels_last": lambda made: made.set_submodule(
+            "conv2", nn.Sequential(made.conv2, nn.Tanh(), _Last())
+        ),
+        "conv1 has a weight norm": lambda made: parametrizations.weight_norm(made.conv1),
+        "conv3 is pruned": lambda made: prune.l1_unstructured(made.conv3, "weight", 0.5),
+        "a norm stands in two places": _shared,
+    }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changed_modules_are_respected(change):
-    """In a block whose shortcut is a pooling, a convolution and a norm."""
-    ours, theirs = both("averaged")
+CHANGES = [
+    pytest.param(kind, change, id=f"{kind}-{what}")
+    for kind, *paths in (
+        ("strided", "downsample.0", "downsample.1"),
+        ("averaged", "downsample.1", "downsample.2"),
+    )
+    for what, change in changes(*paths).items()
+]
+
+
+@pytest.mark.parametrize(("kind", "change"), CHANGES)
+def test_changed_modules_are_respected(kind, change):
+    ours, theirs = both(kind)
+    untouched = seeded_run(block(kind, False))
     change(ours)
     change(theirs)
-    for training in (None, False):
-        if training is not None:
-            ours.train(training)
-            theirs.train(training)
-        assert_equal(seeded_run(ours), seeded_run(theirs))
+    expected = seeded_run(theirs)
+    assert any(
+        key not in expected or not torch.equal(expected[key], value)
+        for key, value in untouched.items()
+    ), "the change has no effect"
+    assert_equal(seeded_run(ours), expected)
+    assert_equal(seeded_run(ours.eval()), seeded_run(theirs.eval()))
+
+
+@pytest.mark.parametrize("kind", ["plain", "strided"])
+def test_an_attention_that_leaves_another_layout(kind):
+    """After the entrance was fused: the shortcut of the modules then."""
+    ours, theirs = both(kind)
+    for made in (ours, theirs):
+        made.conv2 = nn.Sequential(made.conv2, _Last())
+    names = set(nodes(copy.deepcopy(ours)(image())))
+    assert "_Entrance" in names and "_Exit" not in names
+    assert_equal(run(ours, image()), run(theirs, image()))
+
+
+def test_one_value_for_each_channel_is_refused():
+    """By the norms, at the entrance and behind a stride."""
+    for kind, size in (("plain", 1), ("strided", 2)):
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            block(kind, True)(image()[:1, :, :size, :size].contiguous())
+
+
+@pytest.mark.parametrize("kind", ["plain", "strided"])
+def test_an_input_without_a_gradient(kind):
+    results = []
+    for made in both(kind):
+        made(image()).square().sum().backward()
+        results.append({key: value.grad for key, value in made.named_parameters()})
+    assert_equal(*results)
+
+
+def test_gradients_that_are_kept_stay_as_they_are():
+    """What the entrance adds to in place is nobody else's."""
+    results = []
+    for fused in (True, False):
+        first, second = block("strided", fused), block("plain", fused)
+        seen: dict[str, Tensor] = {}
+        x = image().requires_grad_()
+        middle = first(x)
+        y = second(middle)
+        for name, t in {"middle": middle, "y": y}.items():
+            t.retain_grad()
+            t.register_hook(lambda grad, name=name, seen=seen: seen.setdefault(name, grad.clone()))
+        upstream = randn(*y.shape, key="grad")
+        y.backward(upstream)
+        assert torch.equal(upstream, randn(*y.shape, key="grad"))
+        results.append({"x": x.grad, "y": y.grad, "middle": middle.grad, **seen})
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("kind", ["plain", "strided"])
+@both_modes
+def test_batches_of_gradients(kind, training):
+    made, x = block(kind, True).train(training), image().requires_grad_()
+    inputs = [x, *made.parameters()]
+    y = made(x)
+    several = torch.stack([randn(*y.shape, key=i) for i in range(3)])
+    batched = torch.autograd.grad(y, inputs, several, True, is_grads_batched=True)
+    one_by_one = [torch.autograd.grad(y, inputs, one, True) for one in several]
+    for ours, theirs in zip(batched, zip(*one_by_one, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.stack(theirs))
+
+
+@pytest.mark.parametrize("kind", ["plain", "strided"])
+def test_steps_leave_no_tensors(kind):
+    made, x, counts = block(kind, True), image().requires_grad_(), []
+    for _ in range(3):
+        for _ in range(5):
+            made(x).sum().backward()
+            made(x)  # and one without a backward
+        gc.collect()
+        counts.append(sum(isinstance(thing, Tensor) for thing in gc.get_objects()))
+    assert counts[2] <= counts[0]
+
+
+@pytest.mark.parametrize("kind", ["plain", "strided"])
+def test_gradcheck(kind):
+    """Of the first and of the second order, through both ends."""
+    torch.manual_seed(0)
+    projection = shortcut(3, 4, 2, 1, False) if kind == "strided" else None
+    pool = nn.AvgPool2d(2) if projection else None
+    made = Bottleneck(3 if projection else 4, 1, 2, nn.Tanh, pool, None, projection, 0.0).double()
+    for norm in (made.bn1, made.bn3):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+    x = torch.randn(3, made.conv1.in_channels, 4, 4, dtype=torch.float64, requires_grad=True)
+    names = [key for key, _ in made.named_parameters()]
+
+    def function(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(made, dict(zip(names, values, strict=True)), (x,))
+
+    assert {"_Entrance", "_Exit"} <= set(nodes(function(x, *made.parameters())))
+    parameters = [nn.Parameter(value.detach()) for value in made.parameters()]
+    assert torch.autograd.gradcheck(function, (x, *parameters))
+    assert torch.autograd.gradgradcheck(function, (x, *parameters))
 
 
 def test_synchronised_norms_in_evaluation():

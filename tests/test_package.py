@@ -30,7 +30,7 @@ LAYERS = (
     {"conversion", "demo", "inference"},
     {"models"},
     {"checkpoints", "compat"},
-    {"modules"},
+    {"_bottleneck_training", "modules"},
     {
         "_attention_training",
         "_convolutions",

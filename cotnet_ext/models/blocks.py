@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._bottleneck_training import can_fuse, can_leave, enter, leave
 from .._convolutions import run_parts
+from .._plain import is_plain
 
 EXPANSION = 4  # channels of a block's result over the width that names its stage
 
@@ -53,6 +55,13 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"
+
+
+def _drops_nothing(module: nn.Module) -> bool:
+    """Whether the place of a `DropPath` hands on what it gets."""
+    if is_plain(module, nn.Identity):
+        return True
+    return is_plain(module, DropPath) and not (module.training and module.rate)
 
 
 class BlurPool(nn.Module):
@@ -159,10 +168,21 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.fused and _drops_nothing(self.drop_path) and can_fuse(self, input):
+            return self._forward_fused(input)
         x = follow(self.fused, input, self.conv1, self.bn1, self.act1)
         x = self.pool_after(self.conv2(self.pool_before(x)))
         x = follow(self.fused, x, self.conv3, self.bn3, self.drop_path)
         x += input if self.downsample is None else follow(self.fused, input, self.downsample)
+        return self.act3(x)
+
+    def _forward_fused(self, input: Tensor) -> Tensor:
+        x, shortcut = enter(self, input)
+        x = self.pool_after(self.conv2(self.pool_before(x)))
+        if can_leave(self, x, shortcut):
+            return leave(self, x, shortcut)
+        x = follow(self.fused, x, self.conv3, self.bn3)
+        x += input if self.downsample is None else self.downsample[1](shortcut)
         return self.act3(x)
 
 
