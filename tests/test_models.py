@@ -94,6 +94,6 @@ def test_reference_is_made_of_the_reference_modules():
 
 
 def test_building_is_quick():
-    start = time.perf_counter()
+    start = time.process_time()  # seconds of processors, which other processes do not lengthen
     create_model("se_cotnetd_270")
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
