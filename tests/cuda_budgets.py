@@ -74,7 +74,9 @@ FAST = {"work": True}
 BUDGETS: tuple[Budget, ...] = (
     # Any shape: a value at a time, and as many registers as a block can have. Nothing is spilled.
     Budget("aggregation_(forward|grad_input|grad_weight)_kernel", ANY, "a block must fit"),
-    # Eleven vectors a row of taps, and nothing narrower but the columns beside a warp's.
+    # Eleven vectors a row of taps, and nothing narrower but the columns beside a warp's; and sums
+    # over the map, where they are asked for.
+    Budget("aggregation_direct_k.*Silu", registers_for(DIRECT, 3), "three", **wide(19, 8), **FAST),
     Budget(
         "aggregation_direct_kernel",
         registers_for(DIRECT, 3),

@@ -84,7 +84,7 @@ NARROW = "few channels pay for a tile's runs, as " + COPIES
 LARGE = "widening for each of many taps, beside " + COPIES
 PIECES = "each copy of 16 bytes finds its place among pixels and pieces; widening as much as FMAs"
 NORMALISERS = "the loop of normalisers counts as one of sums; " + COPIES
-SILU = "an exponential and a division for each sum of a tail, beside "
+SILU = "an exponential and a division for each output, and sums over the map, beside "
 HALVES = "code of both halves counts for the threads of each; " + PIECES
 FEW = "widening; exponentials, or numbers of a norm, for each tap of eight channels"
 SCALARS = "weights and numbers of a norm come one by one; widening for each of many taps"
@@ -105,10 +105,11 @@ def _tiles() -> list[Work]:
             turns = size if size > 3 else 1
             elements = forward(size * size, channels)
             found += rows("tile", name, elements, 4, tuple(ceilings), why, turns=turns)
-    sizes = {(3, 2): (430, 400), (3, 4): (510, 0), (3, 8): (660, 0)}
-    sizes |= {(5, 8): (1340, 1130), (7, 8): (2260, 1880)}
+    sizes = {(3, 2): (540, 500), (3, 4): (620, 0), (3, 8): (790, 0)}
+    sizes |= {(5, 8): (1480, 0), (7, 8): (2400, 0)}
     for (size, channels), ceilings in sizes.items():
-        name, elements = f".*{size}, {channels}, .*Silu", forward(size * size, channels)
+        name = f".*{size}, {channels}, .*Silu"
+        elements = forward(size * size, channels) + channels
         turns = size if size > 3 else 1
         tails += rows("tile", name, elements, 4, ceilings, SILU + COPIES, turns=turns)
     for sink, most in {
@@ -146,11 +147,11 @@ def _tiles() -> list[Work]:
 
 
 def _pixels() -> list[Work]:
-    found = rows("direct", ".*Silu", forward(9), 1, (450, 0), SILU + FEW, turns=3)
+    found = rows("direct", ".*Silu", forward(9) + 8, 1, (580, 0), SILU + FEW, turns=3)
     for kind, most in {"Plain": (0, 0), "Norm": (370, 0), "Softmax": (400, 0)}.items():
         found += rows("direct", f".*::{kind}Weights", forward(9), 1, most, FEW, turns=3)
     walk = {"walks": True, "by_bytes": {"turns": 2}}
-    found += rows("image", ".*Silu", forward(9), 4, (610, 0), SILU + PIECES, **walk)
+    found += rows("image", ".*Silu", forward(9) + 8, 4, (760, 0), SILU + PIECES, **walk)
     both = walk | {"loops": 2, "threads": 2}
     for kind, once, twice in (
         ("Plain", (480, 0), (1260, 0)),

@@ -130,9 +130,10 @@ def batch_norm_fusion() -> None:
     check_sweeps(OF_FUSION)
 
 
-# Each kernel of the aggregation: tiles of several planes, direct, channels_last, and any other.
+# Each kernel of the aggregation: tiles of several planes, strips, direct, channels_last, any other.
+FIRST = ("tile_7x7", "tile_31x41", "direct_30x40")
 POOLED = (
-    *((case, False) for case in AGGREGATIONS if case.name in ("tile_7x7", "direct_30x40")),
+    *((case, False) for case in AGGREGATIONS if case.name in FIRST),
     (LAST[0], True),
     (CASES["heads2"], False),
 )

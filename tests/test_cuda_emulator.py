@@ -139,6 +139,7 @@ FILES = (
     "aggregation_large",
     "spatial_softmax_gate",
     "context_fusion",
+    "group_norm_aggregation_pool",
     "batch_norm",
 )
 AT_LEAST = 150

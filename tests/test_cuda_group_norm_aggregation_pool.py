@@ -32,11 +32,16 @@ GPU = pytest.mark.parametrize("gpu", [H200, (1, 80, 48 << 10)], ids=["H200", "sm
 
 
 def run(
-    kernels, case: Case, given: dict, last: bool, *, gpu=H200, offset=0, tap_major=False
+    kernels, case: Case, given: dict, last: bool, *, gpu=H200, offset=0, only="", tap_major=False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the emulated kernels write; what they do not write is NaN."""
+    """What the emulated kernels write; what they do not write is NaN. `only`: the one array that
+    begins at an offset, rather than all of them."""
     dtype = given["input"].dtype
-    arrays = (None if t is None else array(t, last, offset, tap_major) for t in given.values())
+    arrays = [
+        None if t is None else array(t, last, 0 if only and only != name else offset, tap_major)
+        for name, t in given.items()
+    ]
+    offset = 0 if only else offset
     n, c, *_ = case.output_shape
     output = poisoned(case.output_shape, dtype, offset)
     means = poisoned((n, c), accumulation_dtype(dtype))
@@ -107,7 +112,16 @@ def test_arrays_at_odd_addresses(kernels, case, last, offset):
     check(kernels, case, torch.float16, last, offset=offset)
 
 
-@each((*TILES, *WINDOWS, tiled("direct_30x40", 1, 2, 8, 30, 40)))
+# Planes that begin within a warp and end within another, planes of whole warps, few long rows.
+DIRECT = (
+    tiled("direct_30x40", 1, 2, 8, 30, 40),
+    tiled("direct_33x40", 2, 3, 16, 33, 40),
+    tiled("direct_32x40", 2, 2, 8, 32, 40),
+    tiled("direct_5x256", 3, 1, 8, 5, 256),
+)
+
+
+@each((*TILES, *WINDOWS, *DIRECT))
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_id)
 @GPU
 def test_tiles(kernels, schedules, case, dtype, gpu):
@@ -133,3 +147,24 @@ def test_images(kernels, schedules, case, dtype, tap_major, gpu):
 @pytest.mark.parametrize("tap_major", [False, True], ids=["official", "tap_major"])
 def test_windows_pixel_by_pixel(kernels, schedules, case, dtype, tap_major):
     check_schedules(kernels, schedules, case, dtype, True, tap_major=tap_major)
+
+
+# Direct, tiles of several planes, strips, channels_last.
+KERNELS = (
+    (DIRECT[0], False),
+    (TILES[0], False),
+    (TILES[5], False),
+    (tiled("image_19x37", 1, 12, 2, 19, 37), True),
+)
+
+
+@pytest.mark.parametrize(("case", "last"), KERNELS, ids=[case.name for case, _ in KERNELS])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_id)
+def test_fast_kernels_without_a_static_map(kernels, schedules, case, dtype, last):
+    check_schedules(kernels, schedules, case, dtype, last, missing=("static",))
+
+
+@pytest.mark.parametrize(("case", "last"), KERNELS, ids=[case.name for case, _ in KERNELS])
+@pytest.mark.parametrize("odd", ["input", "static"])
+def test_one_map_at_an_odd_address(kernels, case, last, odd):
+    check(kernels, case, torch.float16, last, offset=1, only=odd)

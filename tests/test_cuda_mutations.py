@@ -155,6 +155,12 @@ MUTATIONS |= {
     "pool: the first map alone": (POOL, "i < @kMaps@", "1"),
     "pool: sums for means": (POOL, "1 / double(p.out_plane())", "1.0"),
     "pool: nothing but the sum": ("tails.cuh", "return @silu(sum + shift)@;", "sum", OF_POOL),
+    "pool: no barrier before a total": (IMAGE, f"@{BARRIER}@    for (int number", "", OF_POOL),
+    "pool: all planes in one place": (TILE, "channel + @of_plane@, sum", "0", OF_POOL),
+    "pool: all strips in one place": (TILE, "write(@at.first_row / tile.rows@", "0", OF_POOL),
+    "pool: threads beyond the last": (DIRECT, "@busy && !second@ ?", "!second", OF_POOL),
+    "pool: the next plane's sums": (DIRECT, "@busy && !second@ ?", "busy", OF_POOL),
+    "pool: warps that a plane lacks": (DIRECT, "i < @direct.parts@; ++i", "0", OF_POOL),
 }  # fmt: skip
 
 MUTATIONS = {name: Mutation(*mutation) for name, mutation in MUTATIONS.items()}

@@ -19,6 +19,7 @@ constexpr int kDirectThreads = 128;
 struct Direct {
   int row_vectors = 0;  // of a row; 0: not possible
   int chunks = 0;       // of kDirectChannels channels that share a weight
+  int parts = 0;        // of a plane at most, in warps
   int64_t plane_vectors = 0;
   int64_t threads = 0;  // with work, in all blocks
   Launch launch;
@@ -41,6 +42,8 @@ inline Direct choose_aggregation_direct(const AggregationProblem& p, int element
   const int64_t blocks = ceil_div(d.threads, kDirectThreads);
   if (blocks > (int64_t(1) << 31) - 1) return d;
   d.row_vectors = int(width / columns);
+  // Where a plane begins within a warp: as far from the end of the warp as any may.
+  d.parts = int(d.plane_vectors % 32 == 0 ? d.plane_vectors / 32 : (d.plane_vectors + 30) / 32 + 1);
   d.launch.grid_x = unsigned(blocks);
   d.launch.threads = kDirectThreads;
   return d;

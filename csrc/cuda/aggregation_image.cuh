@@ -240,6 +240,43 @@ struct ImageSlab {
   COTNET_DEVICE operator int() const { return kPiece > 0 ? kPiece / int(sizeof(scalar_t)) : tile.slab; }
 };
 
+// ---- sums over the map, of what a tail makes of the output and of another map
+
+// A thread's sums of each of its channels are in shared memory, as registers cannot be counted through by a loop.
+template <class acc>
+struct ImagePool {
+  acc* own;  // [sharing, threads, kImageQuad], from the thread's on
+  int step;  // from one sharing channel to the next
+
+  COTNET_DEVICE ImagePool(acc* memory, int sharing)
+      : own(memory + int(threadIdx.x) * kImageQuad), step(int(blockDim.x) * kImageQuad) {
+    const acc nothing[kImageQuad] = {};
+    for (int j = 0; j < sharing; ++j) write_quad(own + j * step, nothing);
+  }
+  template <class scalar_t>
+  COTNET_DEVICE void add(int j, const acc (&sums)[kImageQuad], const Pack<scalar_t, kImageQuad>& map) const {
+    acc total[kImageQuad];
+    read_quad(own + j * step, total);
+    COTNET_UNROLL
+    for (int i = 0; i < kImageQuad; ++i) total[i] += widen(narrow<scalar_t>(sums[i])) + widen(map.at[i]);
+    write_quad(own + j * step, total);
+  }
+  // Over the threads of the block that have the channel, in their order.
+  template <class Tail>
+  COTNET_DEVICE void finish(const AggregationProblem& p, const ImagePlace& at, int slab, const Tail& tail) const {
+    const int threads = int(blockDim.x), quads = slab / kImageQuad, sharing = int(p.sharing());
+    const acc* const memory = own - int(threadIdx.x) * kImageQuad;
+    sync_block();
+    for (int number = int(threadIdx.x); number < sharing * slab; number += threads) {
+      const int j = number / slab, c = number - j * slab;
+      double total = 0;
+      for (int i = c / kImageQuad; i < threads; i += quads)
+        total += double(memory[j * step + i * kImageQuad + c % kImageQuad]);
+      if (c < at.channels) tail.write(at.part, at.image * p.channels + at.channel + c + j * p.weight_channels, total);
+    }
+  }
+};
+
 // ---- forward
 
 template <class scalar_t, class Weights, int kPiece, class Tail>
@@ -264,6 +301,8 @@ aggregation_image_kernel(const AggregationProblem p, const ImageTile tile, const
   const int row = pixel / tile.columns, column = pixel - row * tile.columns;
   const int sharing = int(p.sharing());
   const bool mine = column < at.columns && row < tile.step && quad * kImageQuad < at.channels;
+  acc* const pool_memory = reinterpret_cast<acc*>(w_rows + tile.weight_ring * w_feed.rows.line);
+  [[maybe_unused]] const ImagePool<acc> pool(pool_memory, Tail::kPools ? sharing : 0);
 
   COTNET_UNROLL_BY(1)
   for (int k = 0; k < tile.step + 2 && k < at.rows + 2; ++k)
@@ -296,6 +335,12 @@ aggregation_image_kernel(const AggregationProblem p, const ImageTile tile, const
       scalar_t* to = y + at_row * p.channels + at.channel + quad * kImageQuad;
       COTNET_UNROLL_BY(1)
       for (int j = 0; j < sharing; j += kTogether, to += kTogether * p.weight_channels) {
+        [[maybe_unused]] Pack<scalar_t, kImageQuad> beside[kTogether] = {};  // of the map that is summed as well
+        if constexpr (Tail::kPools) {
+          COTNET_UNROLL
+          for (int k = 0; k < kTogether; ++k)
+            if (tail.map) beside[k] = load_vec<kImageQuad>(tail.map + (to - y) + k * p.weight_channels);
+        }
         acc sums[kTogether][kImageQuad] = {};
         COTNET_UNROLL
         for (int t = 0; t < 9; ++t) {
@@ -312,6 +357,7 @@ aggregation_image_kernel(const AggregationProblem p, const ImageTile tile, const
           const int64_t channel = at.channel + quad * kImageQuad + (j + k) * p.weight_channels;
           COTNET_UNROLL
           for (int i = 0; i < kImageQuad; ++i) sums[k][i] = tail.of(channel + i)(sums[k][i]);
+          if constexpr (Tail::kPools) pool.add(j + k, sums[k], beside[k]);
         }
         store_quads(to, p.weight_channels, sums, lanes);
       }
@@ -319,21 +365,25 @@ aggregation_image_kernel(const AggregationProblem p, const ImageTile tile, const
     place = around(place, tile.step, tile.ring);
     w_place = around(w_place, tile.step, tile.weight_ring);
   }
+  if constexpr (Tail::kPools) pool.finish(p, at, slab, tail);
 }
 
-// True when the kernel was launched. raw: the weights before their transformation.
-template <class scalar_t, class Weights, class Tail = NoTail>
+// True when the kernel was launched. raw: the weights before their transformation. rest: what its tail starts from.
+template <class scalar_t, class Weights, class Rest = NoTail>
 bool try_aggregation_image(const AggregationProblem& p, const Weights& weights, const scalar_t* raw, const scalar_t* x,
-                           scalar_t* y, const DeviceNumbers& numbers, Stream stream, const Tail& tail = {}) {
+                           scalar_t* y, const DeviceNumbers& numbers, Stream stream, const Rest& rest = {}) {
   if constexpr (sizeof(scalar_t) > 4) {
     return false;
   } else {
-    const bool aligned = alignment_of(raw) == 16 && alignment_of(x) == 16 && alignment_of(y) == 16;
+    const bool aligned = alignment_of(raw) == 16 && alignment_of(x) == 16 && alignment_of(y) == 16 && rest.aligned();
     ImageNeeds needs;
     needs.softmax = kIsSoftmax<Weights>;
     needs.norm = kIsNorm<Weights>;
+    needs.pool = decltype(rest.start(1))::kPools;
     const ImageTile tile = choose_aggregation_image(p, sizeof(scalar_t), aligned, needs, numbers);
     if (!tile.possible()) return false;
+    const auto tail = rest.start(tile.parts());
+    using Tail = std::remove_const_t<decltype(tail)>;
     const auto launch = [&](auto* kernel) { launch_kernel(kernel, tile.launch, stream, p, tile, weights, raw, x, y, tail); };
     if constexpr (sizeof(scalar_t) == 4) launch(&aggregation_image_kernel<scalar_t, Weights, 0, Tail>);
     else if (tile.slab == 16) launch(&aggregation_image_kernel<scalar_t, Weights, 32, Tail>);

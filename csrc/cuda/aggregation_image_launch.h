@@ -54,6 +54,7 @@ struct ImageNeeds {
   bool grad_x = false, grad_w = false;  // neither: the forward
   bool softmax = false, norm = false;   // what the weights go through
   bool sums = false;                    // of the gradients, instead of them
+  bool pool = false;                    // the forward: sums of the output over the map as well
 
   bool backward() const { return grad_x || grad_w; }
 };
@@ -104,6 +105,7 @@ inline int64_t measure(ImageTile& t, const AggregationProblem& p, int element_by
   t.weight_ring = needs.backward() ? t.ring : t.ring - 2;
   const int64_t haloed = int64_t(t.ring) * (t.columns + 2), own = int64_t(t.step) * t.columns;
   int64_t bytes = needs.norm ? kImageTable * t.slab * 4 : 0;
+  if (needs.pool) bytes += p.sharing() * t.pass_threads * kImageQuad * 4;
   if (!needs.backward()) return bytes + haloed * map + int64_t(t.weight_ring) * t.columns * weights;
   bytes += haloed * (2 * map + weights + (needs.softmax ? 8 * t.slab : 0));
   if (needs.sums) return std::max<int64_t>(bytes, kImageTable * t.slab * 4 + 72 * int64_t(t.pass_threads) * 4);

@@ -76,6 +76,29 @@ COTNET_DEVICE void transform_mirrored(const KnownSoftmaxWeights<scalar_t>& weigh
   }
 }
 
+// ---- sums over the map, of what a tail makes of the output and of another map
+
+template <class Tail>
+COTNET_DEVICE bool adds_map_of(const Tail& tail) {
+  if constexpr (Tail::kPools) return tail.map;
+  else return false;
+}
+
+// Those of channel j in each plane of a tile, by one warp. y, map: rows of the first plane.
+template <class scalar_t, class Place, class Tail>
+COTNET_DEVICE void pool_channel(const AggregationProblem& p, const Tile& tile, const Place& at, const Tail& tail, int j,
+                                const scalar_t* y, const scalar_t* map, int lane) {
+  using acc = acc_t<scalar_t>;
+  const int size = at.rows * int(p.cols.out);
+  const int64_t channel = at.image * p.channels + at.first_channel + j * p.weight_channels;
+  for (int of_plane = 0; of_plane < at.planes; ++of_plane, y += size, map += size) {
+    acc sum = 0;
+    for (int i = lane; i < size; i += 32) sum += widen(y[i]) + (tail.map ? widen(map[i]) : acc(0));
+    for (int distance = 16; distance > 0; distance /= 2) sum += shuffle_xor(kAllLanes, sum, distance);
+    if (lane == 0) tail.write(at.first_row / tile.rows, channel + of_plane, sum);
+  }
+}
+
 // ---- the kernel
 
 // kSize: rows and columns of a window. kSharers: channels of a tile. kMirrored: the gradient of the input, from x = grad_y
@@ -97,11 +120,18 @@ aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weigh
   const bool strips = tile.strips > 1;
   scalar_t* const x_first = x_tile + at.x_place();  // of the first channel
 
-  TileCopies<scalar_t> copies(tile.bulk, memory, kSharers + at.weight_runs(tile));
+  const bool adds_map = adds_map_of(tail);
+  TileCopies<scalar_t> copies(tile.bulk, memory, kSharers * (adds_map ? 2 : 1) + at.weight_runs(tile));
   at.load_weights(copies, p, tile, w_tile, raw, thread, threads);
   for (int j = warp; j < kSharers; j += threads / 32) {
     const int elements = strips ? at.loaded * width : at.planes * plane;
     copies.load(x_first + j * tile.x_stride, x, at.channel(p, j), elements, lane, 32);
+  }
+  const int skipped = (at.first_row - at.first_loaded) * width, computed = strips ? at.rows * width : at.planes * plane;
+  scalar_t* const map_first = x_tile + tile.second_start + at.x_place(skipped);  // of the map that is added, if any
+  if constexpr (Tail::kPools) {
+    for (int j = warp; adds_map && j < kSharers; j += threads / 32)
+      copies.load(map_first + j * tile.second_stride, tail.map, at.channel(p, j) + skipped, computed, lane, 32);
   }
   copies.wait();
 
@@ -175,22 +205,26 @@ aggregation_tile_kernel(const AggregationProblem p, const Tile tile, const Weigh
   }
   copies.ready_to_store();
   for (int j = warp; j < kSharers; j += threads / 32) {
-    const int skipped = (at.first_row - at.first_loaded) * width, elements = strips ? at.rows * width : at.planes * plane;
-    copies.store(y, x_first + j * tile.x_stride + skipped, at.channel(p, j) + skipped, elements, lane, 32);
+    const scalar_t* const from = x_first + j * tile.x_stride + skipped;
+    copies.store(y, from, at.channel(p, j) + skipped, computed, lane, 32);
+    if constexpr (Tail::kPools) pool_channel(p, tile, at, tail, j, from, map_first + j * tile.second_stride, lane);
   }
   copies.finish();
 }
 
-// True when a tile kernel was launched. raw: the weights before their transformation.
-template <bool kMirrored, class scalar_t, class Weights, class Tail = NoTail>
+// True when a tile kernel was launched. raw: the weights before their transformation. rest: what its tail starts from.
+template <bool kMirrored, class scalar_t, class Weights, class Rest = NoTail>
 bool try_aggregation_tile(const AggregationProblem& p, const Weights& weights, const scalar_t* raw, const scalar_t* x,
-                          scalar_t* y, const DeviceNumbers& numbers, Stream stream, const Tail& tail = {}) {
+                          scalar_t* y, const DeviceNumbers& numbers, Stream stream, const Rest& rest = {}) {
   if constexpr (sizeof(scalar_t) > 4) {
     return false;
   } else {
-    const bool aligned = alignment_of(raw) == 16 && alignment_of(x) == 16 && alignment_of(y) == 16;
-    const Tile tile = choose_aggregation_tile(p, sizeof(scalar_t), aligned, {true, kMirrored, false}, numbers);
+    const bool aligned = alignment_of(raw) == 16 && alignment_of(x) == 16 && alignment_of(y) == 16 && rest.aligned();
+    const TileNeeds needs{true, kMirrored, false, rest.adds_map()};
+    const Tile tile = choose_aggregation_tile(p, sizeof(scalar_t), aligned, needs, numbers);
     if (!tile.possible()) return false;
+    const auto tail = rest.start(tile.strips);
+    using Tail = std::remove_const_t<decltype(tail)>;
     const auto launch = [&](auto* kernel) { launch_kernel(kernel, tile.launch, stream, p, tile, weights, raw, x, y, tail); };
     if (p.rows.kernel == 7) launch(&aggregation_tile_kernel<scalar_t, Weights, 7, 8, 1, kMirrored, Tail>);
     else if (p.rows.kernel == 5) launch(&aggregation_tile_kernel<scalar_t, Weights, 5, 8, 1, kMirrored, Tail>);

@@ -51,6 +51,7 @@ struct TileNeeds {
   bool weights = true;       // of every position that it computes
   bool weight_halo = false;  // and of the rows around
   bool second_map = false;   // channels of another map, without the rows around; all channels come to one block by turns
+  bool pooled_map = false;   // of one that is summed with the output
 };
 
 // The gradient of the weights of large windows: bytes of shared memory before the tile, and most channels that share a
@@ -110,7 +111,7 @@ inline int64_t measure(Tile& t, const AggregationProblem& p, int element_bytes, 
   t.second_stride = int(distance(t.planes * t.rows * width, step, element_bytes));
   t.second_start = int(whole(t.channels * int64_t(t.x_stride), element_bytes));
   t.w_start = t.second_start;
-  if (needs.second_map) t.w_start += int(whole(t.channels * int64_t(t.second_stride), element_bytes));
+  if (needs.second_map || needs.pooled_map) t.w_start += int(whole(t.channels * int64_t(t.second_stride), element_bytes));
   const int64_t w_rows = t.rows + (needs.weight_halo ? halo : 0);
   t.w_stride = int(t.strips > 1 ? distance(w_rows * width, plane, element_bytes) : plane);
   const int64_t w = t.strips > 1 ? p.taps() * t.w_stride : room(p.taps() * t.planes * plane, element_bytes);

@@ -76,11 +76,10 @@ NormWeights<scalar_t> norm_weights(const AggregationProblem& p, const GroupNormO
   return {{a.w, weight_strides(p)}, a.mean, a.rstd, a.gamma, a.beta};
 }
 
-// Writes mean and rstd too. scratch: group_norm_forward_scratch(p, parts) doubles.
-template <class scalar_t, class Tail = NoTail>
-void group_norm_aggregation_forward(const AggregationProblem& p, const GroupNormOperands<scalar_t>& a, double eps,
-                                    scalar_t* y /* [N, G*C, Ho, Wo] */, const NormParts& parts, double* scratch,
-                                    const DeviceNumbers& numbers, Stream stream, const Tail& tail = {}) {
+// Writes mean and rstd. scratch: group_norm_forward_scratch(p, parts) doubles.
+template <class scalar_t>
+void launch_group_norm_statistics(const AggregationProblem& p, const GroupNormOperands<scalar_t>& a, double eps,
+                                  const NormParts& parts, double* scratch, Stream stream) {
   const int64_t units = p.batch * p.heads * p.weight_channels;
   Launch launch;
   launch.grid_x = unsigned(units * parts.count);
@@ -90,12 +89,20 @@ void group_norm_aggregation_forward(const AggregationProblem& p, const GroupNorm
   launch.grid_x = blocks_for(units, kNormThreads);
   launch_kernel(group_norm_merge_kernel<acc_t<scalar_t>>, launch, stream, units, p.taps() * p.out_plane(), parts, eps, scratch,
                 a.mean, a.rstd);
+}
+
+// Writes mean and rstd too. scratch: group_norm_forward_scratch(p, parts) doubles.
+template <class scalar_t>
+void group_norm_aggregation_forward(const AggregationProblem& p, const GroupNormOperands<scalar_t>& a, double eps,
+                                    scalar_t* y /* [N, G*C, Ho, Wo] */, const NormParts& parts, double* scratch,
+                                    const DeviceNumbers& numbers, Stream stream) {
+  launch_group_norm_statistics(p, a, eps, parts, scratch, stream);
   const NormWeights<scalar_t> weights = norm_weights(p, a);
-  if (try_aggregation_direct(p, weights, a.w, a.x, y, stream, tail)) return;
-  if (try_aggregation_image(p, weights, a.w, a.x, y, numbers, stream, tail)) return;
-  if (!try_aggregation_tile<false>(p, weights, a.w, a.x, y, numbers, stream, tail) &&
-      !try_aggregation_pixels<false>(p, weights, a.w, a.x, y, stream, tail))
-    launch_aggregation_forward(p, weights, a.x, y, stream, tail);
+  if (try_aggregation_direct(p, weights, a.w, a.x, y, stream)) return;
+  if (try_aggregation_image(p, weights, a.w, a.x, y, numbers, stream)) return;
+  if (!try_aggregation_tile<false>(p, weights, a.w, a.x, y, numbers, stream) &&
+      !try_aggregation_pixels<false>(p, weights, a.w, a.x, y, stream))
+    launch_aggregation_forward(p, weights, a.x, y, stream);
 }
 
 // ---- backward. With d the gradient of the normalised weights, xhat = (w - mean) * rstd and M = K * plane:
