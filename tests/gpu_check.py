@@ -97,7 +97,7 @@ def _end(process: subprocess.Popen) -> str:
     """As Ctrl-C would, so that pytest says what failed so far; by force if that is ignored."""
     os.killpg(process.pid, signal.SIGINT)
     try:
-        return process.communicate(timeout=5)[0]
+        return process.communicate(timeout=15)[0]
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return process.communicate()[0]

@@ -53,8 +53,8 @@ def test_tests_that_are_cut_short_say_what_failed(tmp_path):
     code = "import time\ndef test_a(): assert not 'the reason'\ndef test_b(): time.sleep(60)\n"
     (tmp_path / "test_slow.py").write_text(code)
     command = [sys.executable, "-m", "pytest", "-q", "-c/dev/null", str(tmp_path)]
-    (outcome,) = gpu_check.run_all([Stage("tests", command, 5)], 60)
-    assert outcome.verdict == "failed: not done after 5 s"
+    (outcome,) = gpu_check.run_all([Stage("tests", command, 12)], 60)  # pytest starts in a second
+    assert outcome.verdict == "failed: not done after 12 s"
     assert "assert not 'the reason'" in outcome.output
 
 
@@ -66,12 +66,12 @@ def test_what_ignores_the_request_to_end_is_ended():
 
 
 def test_what_a_stage_started_ends_with_it(tmp_path):
-    late = tmp_path / "late"
-    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(late)!r}).touch()"
+    late, seconds = tmp_path / "late", 8
+    child = f"import time, pathlib; time.sleep({seconds}); pathlib.Path({str(late)!r}).touch()"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     found = verdicts([stage("parent", code, limit_s=1.5)])
     assert found == {"parent": "failed: not done after 2 s"}
-    time.sleep(3)
+    time.sleep(seconds)
     assert not late.exists()
 
 
