@@ -80,7 +80,7 @@ def run_stage(stage: Stage, left_s: float) -> Outcome:
         process = subprocess.Popen(
             stage.command, cwd=ROOT, env={**os.environ, **stage.env}, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace",
+            errors="replace", preexec_fn=_heed_interrupts,
         )  # fmt: skip
     except OSError as error:
         return Outcome(stage, f"failed: {error}")
@@ -93,11 +93,16 @@ def run_stage(stage: Stage, left_s: float) -> Outcome:
     return Outcome(stage, verdict, time.monotonic() - start, output)
 
 
+def _heed_interrupts() -> None:
+    """What a shell script starts with `&` ignores Ctrl-C, and so does whatever that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _end(process: subprocess.Popen) -> str:
     """As Ctrl-C would, so that pytest says what failed so far; by force if that is ignored."""
     os.killpg(process.pid, signal.SIGINT)
     try:
-        return process.communicate(timeout=15)[0]
+        return process.communicate(timeout=5)[0]
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return process.communicate()[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -49,12 +50,21 @@ def test_time_is_limited_in_total():
     assert found["1"] == found["2"] == "failed: no time was left"
 
 
-def test_tests_that_are_cut_short_say_what_failed(tmp_path):
+@pytest.fixture(params=["heeded", "ignored"])
+def interrupts(request):
+    """Ctrl-C as a terminal has it, and as what runs in the background of a script has it."""
+    ignored = request.param == "ignored"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_tests_that_are_cut_short_say_what_failed(tmp_path, interrupts):
     code = "import time\ndef test_a(): assert not 'the reason'\ndef test_b(): time.sleep(60)\n"
     (tmp_path / "test_slow.py").write_text(code)
     command = [sys.executable, "-m", "pytest", "-q", "-c/dev/null", str(tmp_path)]
-    (outcome,) = gpu_check.run_all([Stage("tests", command, 12)], 60)  # pytest starts in a second
-    assert outcome.verdict == "failed: not done after 12 s"
+    (outcome,) = gpu_check.run_all([Stage("tests", command, 5)], 60)
+    assert outcome.verdict == "failed: not done after 5 s"
     assert "assert not 'the reason'" in outcome.output
 
 
@@ -65,13 +75,13 @@ def test_what_ignores_the_request_to_end_is_ended():
     assert time.monotonic() - start < 20
 
 
-def test_what_a_stage_started_ends_with_it(tmp_path):
-    late, seconds = tmp_path / "late", 8
-    child = f"import time, pathlib; time.sleep({seconds}); pathlib.Path({str(late)!r}).touch()"
+def test_what_a_stage_started_ends_with_it(tmp_path, interrupts):
+    late = tmp_path / "late"
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(late)!r}).touch()"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     found = verdicts([stage("parent", code, limit_s=1.5)])
     assert found == {"parent": "failed: not done after 2 s"}
-    time.sleep(seconds)
+    time.sleep(3)
     assert not late.exists()
 
 
