@@ -55,8 +55,8 @@ def render(results: Path) -> str:
 
 
 REST = """\
-Part of the gain of modules, of small ones most, is page faults: plain PyTorch makes more temporaries,
-and a process that has never freed anything large gets their memory anew in every call
+Part of the gain of modules, of small ones most, is page faults: plain PyTorch makes more
+temporaries, and a process that has never freed anything large gets their memory anew in every call
 ([how that is measured](benchmarks/README.md#method)).
 
 Everything that was measured, with spread, memory, errors and the commands, and which of the figures

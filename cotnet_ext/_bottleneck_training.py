@@ -129,6 +129,7 @@ class _Entrance(Function):
         reduced = _PRODUCTS.forward([x], [weight.flatten(1)])
         ctx.norm = norm_of(module, reduced, norm_weight, norm_bias)
         ctx.eps, ctx.stride = module.eps, stride
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, norm_weight, norm_bias, projection, reduced)
         a = _run(_ops.batch_norm, reduced, ctx.norm.table, True)
         if projection is None:
@@ -150,34 +151,43 @@ class _Entrance(Function):
         x, *learned = inputs
         del inputs
         with torch.autocast("cpu", enabled=False):
-            grad_reduced, *of_norm = _through(ctx.norm, grad_a, reduced, True)
+            grad_reduced, of_norm = None, [None, None]
+            if grad_a is not None:
+                grad_reduced, *of_norm = _through(ctx.norm, grad_a, reduced, True)
             del grad_a, reduced
             return None, None, *_through_products(ctx, x, learned, grad_reduced, of_norm, grad_s)
 
 
 def _through_products(ctx, x, learned, grad_reduced, of_norm, grad_s) -> tuple[Tensor | None, ...]:
-    """Gradients of the input and of what is learned."""
+    """Gradients of the input and of what is learned; None for what has no part in the result."""
     weight, norm_weight, norm_bias, projection = learned
-    grad_s, seen = grad_s.contiguous(), None
-    if projection is not None:
+    if grad_s is not None:
+        # To be added to in place; of a batch of gradients, one may serve all.
+        grad_s = grad_s.contiguous() if ctx.once else grad_s.clone()
+    of_weight = of_projection = grad_x = None
+    if grad_reduced is not None:
+        of_weight = _grad_weight(grad_reduced, x, 1)
+    if projection is not None and grad_s is not None:
         seen = x if ctx.stride == (1, 1) else _sampled(x, ctx.stride).contiguous()
-    of_weight = _grad_weight(grad_reduced, x, 1)
-    of_projection = None if seen is None else _grad_weight(grad_s, seen, 1)
-    grad_x = None
+        of_projection = _grad_weight(grad_s, seen, 1)
     if ctx.needs_input_grad[2]:
-        grad_x = _grad_input(grad_reduced, weight, grad_s, projection, ctx.stride)
+        grad_x = _grad_input(x, grad_reduced, weight, grad_s, projection, ctx.stride)
     return grad_x, *_typed([of_weight, *of_norm, of_projection], learned)
 
 
-def _grad_input(grad_reduced, weight, grad_s, projection, stride) -> Tensor:
+def _grad_input(x, grad_reduced, weight, grad_s, projection, stride) -> Tensor | None:
     grads, rows = [grad_reduced], [weight.flatten(1)]
     if projection is None:
-        return _PRODUCTS.grad_map(grads, rows, grad_s)
-    if stride == (1, 1):
+        return grad_s if grad_reduced is None else _PRODUCTS.grad_map(grads, rows, grad_s)
+    if grad_s is None:
+        return None if grad_reduced is None else _PRODUCTS.grad_map(grads, rows)
+    if stride == (1, 1) and grad_reduced is not None:
         return _PRODUCTS.grad_map([*grads, grad_s], [*rows, projection.flatten(1)])
-    grad_x = _PRODUCTS.grad_map(grads, rows)
-    of_seen = _PRODUCTS.grad_map([grad_s], [projection.flatten(1)])
-    _sampled(grad_x, stride).add_(of_seen)
+    grad_seen = _PRODUCTS.grad_map([grad_s], [projection.flatten(1)])
+    if stride == (1, 1):
+        return grad_seen
+    grad_x = torch.zeros_like(x) if grad_reduced is None else _PRODUCTS.grad_map(grads, rows)
+    _sampled(grad_x, stride).add_(grad_seen)
     return grad_x
 
 

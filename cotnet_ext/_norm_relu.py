@@ -86,14 +86,28 @@ class _NormRelu(Function):
 
 
 def composed_gradients(
-    function: Callable, tensors: Sequence[Tensor | None], needs: Sequence[bool], grads: tuple
+    function: Callable,
+    tensors: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a function as functions that can be differentiated again, or mapped over."""
+    """The gradients of a function as functions that can be differentiated again, or mapped over.
+
+    `grads` are those of its results, None where nobody asks for one; None comes back where a
+    tensor has no part in the others.
+    """
     with torch.enable_grad():
         places = [None if t is None else t.view_as(t) for t in tensors]
         results = function(*places)
+    results = [results] if isinstance(results, Tensor) else results
+    asked = [(y, grad) for y, grad in zip(results, grads, strict=True) if grad is not None]
     wanted = [t for t, need in zip(places, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(results, wanted, grads, create_graph=True))
+    found = iter(
+        torch.autograd.grad(
+            [y for y, _ in asked], wanted, [grad for _, grad in asked],
+            create_graph=True, allow_unused=True,
+        )
+    )  # fmt: skip
     return tuple(next(found) if need else None for need in needs)
 
 

@@ -70,11 +70,13 @@ def must_compose() -> bool:
 def gradient_by_gradient(backward: Callable) -> Callable:
     """For the ``backward(ctx, *grads)`` of a ``Function`` that PyTorch cannot map over: of batches
     of gradients (``is_grads_batched``, ``jacobian`` with ``vectorize=True``) it gets one at a time.
-    ``ctx.once`` says whether there is but one."""
+    A gradient that nobody asks for may be None. ``ctx.once`` says whether there is but one."""
 
     @functools.wraps(backward)
-    def mapped(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        batched = [torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads]
+    def mapped(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        batched = [
+            grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads
+        ]
         ctx.once = not any(batched)
         if ctx.once:
             return backward(ctx, *grads)

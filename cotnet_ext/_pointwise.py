@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from . import _ops
+
 Maps = Sequence[Tensor]  # each [N, C, H, W], all of one layout
 Weights = Sequence[Tensor | None]  # one for each map, [O, C // groups]; None: without this map
 
@@ -146,6 +148,7 @@ class _Sums(Function):
         )
 
     @staticmethod
+    @_ops.gradient_by_gradient
     def backward(ctx, *grads):
         maps, _, weights = _split(ctx.used, ctx.saved_tensors, biases=False)
         need_maps, need_biases, need_weights = _split(ctx.used, ctx.needs_input_grad[2:])
